@@ -1,0 +1,1 @@
+"""Federated neural architecture search with model-agnostic meta-learning, in JAX."""

@@ -1,0 +1,324 @@
+"""What a run is made of (`Config`), the named tasks, and how text from a command line becomes typed values.
+
+Imports no jax, so that a mistyped name is answered at once. A method's own knobs are not fields: they are
+the keyword-only arguments of its factory and travel in `Config.options`.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import math
+import types
+import typing
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+
+class UsageError(ValueError):
+    """The user asked for something that does not exist or cannot be; the message is one line for them."""
+
+
+def _field(default, text: str, least: int | None = None):
+    return dataclasses.field(default=default, metadata={"help": text, "least": least})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The conditions of a run; the defaults are the paper's CIFAR-10, Dirichlet 0.1. Two equal Configs are
+    the same run. Where the paper is silent the value is the decision of methods section 14."""
+
+    method: str = _field("fedmetanas", "the federated method; --list shows them")
+    options: dict[str, Any] = dataclasses.field(
+        default_factory=dict, metadata={"help": "the method's own knobs: --config.options.NAME=VALUE"}
+    )
+    dataset: str = _field("cifar10", "cifar10, cifar100, mnist, digits, or NAME for DATA_DIR/NAME.npz")
+
+    partition: Literal["dirichlet", "dirichlet_disjoint", "plato", "label_skew", "iid"] = _field(
+        "dirichlet", "how the images are dealt to the clients (D-1)"
+    )
+    concentration: float = _field(0.1, "of the Dirichlet partitions: smaller = fewer labels a client")
+    tau: int = _field(4, "labels a client has under label_skew", least=1)
+    clients: int = _field(100, "clients in all, K", least=1)
+    cohort: int = _field(5, "clients that train in one round, S", least=1)
+    train_size: int = _field(600, "training images of a client; label_skew deals out all there are", least=1)
+    test_size: int = _field(600, "test images of a client", least=1)
+
+    rounds: int = _field(1000, "rounds, R; every schedule is measured against it", least=1)
+    epochs: int = _field(5, "local epochs a round, E", least=1)
+    batch: int = _field(32, "images in a training batch, B", least=1)
+    augment: tuple[str, ...] = _field(
+        ("crop", "flip"), "of training images, in this order: crop, flip, cutout; empty for none"
+    )
+    seed: int = _field(1, "of everything random: partition, weights, cohorts, batches, noise", least=0)
+
+    width: int = _field(16, "channels of the supernet's first cells, C", least=1)
+    cells: int = _field(8, "cells of the supernet, L", least=1)
+    nodes: int = _field(4, "intermediate nodes of a cell", least=1)
+    mobilenet: Literal["large", "tiny"] = _field(
+        "large", "size of the MobileNetV3 of methods that search nothing; tiny is for tests"
+    )
+    stem: Literal[1, 2] = _field(1, "stride of the MobileNetV3's first convolution (D-26)")
+    bn_eval: Literal["running", "batch", "recalibrated"] = _field(
+        "running", "batch-norm statistics used to evaluate (D-10)"
+    )
+
+    compute: Literal["auto", "float32", "bfloat16"] = _field(
+        "auto", "type of the networks' arithmetic; auto: bfloat16 on accelerators, float32 on CPU"
+    )
+    at_once: int = _field(-1, "clients computed together; 0: all; -1: one on CPU, else all", least=-1)
+    devices: int = _field(1, "devices a round's clients are spread over; 0: all there are", least=0)
+    block: int = _field(1, "most rounds in one dispatch to the device", least=1)
+
+    eval_batch: int = _field(250, "images in an evaluation batch", least=1)
+    eval_every: int = _field(
+        10, "rounds between server and un-adapted local accuracy; 0: only at the end", least=0
+    )
+    adapt_every: int = _field(
+        0, "rounds between local accuracies after adaptation; 0: as final_adapt says", least=0
+    )
+    final_adapt: bool = _field(True, "local accuracy after adaptation at the end of the run")
+    checkpoint_every: int = _field(10, "rounds between checkpoints", least=1)
+
+
+def validate(config: Config) -> None:
+    """UsageError naming the field, its value and what is allowed, unless the fields make sense together.
+
+    What depends on the images (labels for tau, halvings of their size) is checked where they are known.
+    """
+    for field in dataclasses.fields(Config):
+        value, least = getattr(config, field.name), field.metadata.get("least")
+        if least is not None and value < least:
+            raise UsageError(f"config.{field.name} is {value}; it must be at least {least}")
+        if typing.get_origin(field.type) is Literal and value not in typing.get_args(field.type):
+            raise UsageError(f"config.{field.name}: {nearest('choice', value, typing.get_args(field.type))}")
+    if not (config.concentration > 0 and math.isfinite(config.concentration)):
+        raise UsageError(f"config.concentration is {config.concentration}; it must be positive and finite")
+    if config.cohort > config.clients:
+        raise UsageError(
+            f"config.cohort is {config.cohort}, but there are only {config.clients} clients (config.clients)"
+        )
+    if config.seed >= 2**32:
+        raise UsageError(f"config.seed is {config.seed}; it must be less than 2**32")
+    if len(set(config.augment)) < len(config.augment):
+        raise UsageError(f"config.augment names an augmentation twice: {','.join(config.augment)}")
+
+
+def to_dict(config: Config) -> dict:
+    """The config as JSON can hold it; tuples become lists."""
+    plain = dataclasses.asdict(config)
+    plain["options"] = {name: _listed(value) for name, value in config.options.items()}
+    return {name: _listed(value) for name, value in plain.items()}
+
+
+def from_dict(plain: dict) -> Config:
+    """The inverse of `to_dict`. UsageError for a field too many or too few: it is then another version's."""
+    names = [field.name for field in dataclasses.fields(Config)]
+    for name in plain:
+        if name not in names:
+            raise UsageError(nearest("config field", name, names))
+    if missing := [name for name in names if name not in plain]:
+        raise UsageError(f"the config lacks {', '.join(missing)}")
+    options = {name: _tupled(value) for name, value in plain["options"].items()}
+    return Config(**{name: _tupled(value) for name, value in plain.items()} | {"options": options})
+
+
+def _listed(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _tupled(value):
+    return tuple(value) if isinstance(value, list) else value
+
+
+def nearest(kind: str, name: Any, names: Iterable[Any]) -> str:
+    """One line for a name that does not exist: "no task 'cifar1O'; did you mean 'mnist'? there are: ..."."""
+    known = [str(n) for n in names]
+    lower = list(dict.fromkeys(n.lower() for n in known))
+    close = difflib.get_close_matches(str(name).lower(), lower, n=3, cutoff=0.5)
+    likely = [repr(n) for c in close for n in known if n.lower() == c]
+    hint = f"; did you mean {' or '.join(likely)}?" if likely else ";"
+    return f"no {kind} '{name}'{hint} there are: {', '.join(known) or 'none'}"
+
+
+def parse_value(text: str, kind: Any) -> Any:
+    """`text` as a value of the type `kind`: int, float, bool, str, Literal, X | None, or a tuple of those.
+
+    A tuple's items are separated by commas and the empty text is the empty tuple; None is written "none".
+    UsageError says which type was wanted.
+    """
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        for choice in inner:
+            if text == str(choice):
+                return choice
+        raise UsageError(nearest("choice", text, inner))
+    if origin in (typing.Union, types.UnionType):
+        for one in sorted(inner, key=lambda one: one is not type(None)):  # "none" is text as well
+            try:
+                return parse_value(text, one)
+            except UsageError:
+                continue
+        raise UsageError(f"'{text}' is not {wanted(kind)}")
+    if origin is tuple:
+        items = [item.strip() for item in text.split(",")] if text.strip() else []
+        kinds = inner[:1] * len(items) if inner[-1] is Ellipsis else inner
+        if len(kinds) != len(items):
+            raise UsageError(f"'{text}' is not {wanted(kind)}")
+        return tuple(parse_value(item, one) for item, one in zip(items, kinds, strict=True))
+    truth = {"true": True, "1": True, "false": False, "0": False}
+    readers = {int: int, float: float, str: str, bool: lambda t: truth[t.lower()], type(None): _none}
+    try:
+        return readers[kind](text)
+    except (ValueError, KeyError):
+        raise UsageError(f"'{text}' is not {wanted(kind)}") from None
+
+
+def _none(text: str) -> None:
+    if text.lower() != "none":
+        raise ValueError(text)
+
+
+def wanted(kind: Any) -> str:
+    """The type `kind` in a user's words."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, inner))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(wanted(one) for one in inner)
+    if origin is tuple:
+        items = f"{wanted(inner[0])}, ..." if inner[-1] is Ellipsis else ", ".join(map(wanted, inner))
+        return f"({items}) with commas between"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return words.get(kind, "none")
+
+
+def _readable(kind: Any) -> bool:
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType, tuple):
+        return all(one is Ellipsis or one is type(None) or _readable(one) for one in inner)
+    return origin is Literal or kind in (int, float, bool, str)
+
+
+def option_types(factory: Callable) -> dict[str, tuple[Any, Any]]:
+    """The knobs of a method: keyword-only arguments of its factory -> {name: (type, default)}.
+
+    The type is the annotation, or else the default's. Only what has a default and can be written as text is
+    a knob; any other argument is for the code that puts the run together to supply.
+    """
+    hints = typing.get_type_hints(factory)
+    knobs = {
+        name: (hints.get(name, type(argument.default)), argument.default)
+        for name, argument in inspect.signature(factory).parameters.items()
+        if argument.kind is argument.KEYWORD_ONLY and argument.default is not argument.empty
+    }
+    return {name: knob for name, knob in knobs.items() if _readable(knob[0])}
+
+
+def parse_options(factory: Callable, texts: dict[str, str]) -> dict[str, Any]:
+    """Typed values of the knobs named in `texts`. UsageError for an unknown knob or a wrong value."""
+    known, values = option_types(factory), {}
+    for name, text in texts.items():
+        if name not in known:
+            raise UsageError(nearest(f"{factory.__name__} option", name, known))
+        try:
+            values[name] = parse_value(text, known[name][0])
+        except UsageError as error:
+            raise UsageError(f"config.options.{name}: {error}") from None
+    return values
+
+
+def cifar10_dir01() -> Config:
+    """CIFAR-10, 100 clients, Dirichlet 0.1: the paper's hardest CIFAR-10 split by Dirichlet.
+
+    measured: see README
+    python experiments/main.py --config=cifar10_dir01
+    """
+    return Config()
+
+
+def cifar10_dir03() -> Config:
+    """CIFAR-10, 100 clients, Dirichlet 0.3: the paper's milder Dirichlet split.
+
+    measured: see README
+    python experiments/main.py --config=cifar10_dir03
+    """
+    return Config(concentration=0.3)
+
+
+def cifar10_tau8() -> Config:
+    """CIFAR-10, 100 clients with 8 of the 10 labels each: the paper's milder label skew.
+
+    measured: see README
+    python experiments/main.py --config=cifar10_tau8
+    """
+    return Config(partition="label_skew", tau=8)
+
+
+def cifar10_tau4() -> Config:
+    """CIFAR-10, 100 clients with 4 of the 10 labels each: the paper's harder label skew.
+
+    measured: see README
+    python experiments/main.py --config=cifar10_tau4
+    """
+    return Config(partition="label_skew", tau=4)
+
+
+def cifar100_dir01() -> Config:
+    """CIFAR-100, 100 clients, Dirichlet 0.1: the paper's setting.
+
+    measured: see README
+    python experiments/main.py --config=cifar100_dir01
+    """
+    return Config(dataset="cifar100")
+
+
+def mnist_dir01() -> Config:
+    """MNIST, 100 clients, Dirichlet 0.1, no augmentation: the paper's setting.
+
+    measured: see README
+    python experiments/main.py --config=mnist_dir01
+    """
+    return Config(dataset="mnist", augment=())
+
+
+def cifar10_small() -> Config:
+    """CIFAR-10 for a CPU: the real images with 20 clients, a reduced supernet and fewer rounds.
+
+    measured: see README
+    python experiments/main.py --config=cifar10_small
+    """
+    return Config(clients=20, rounds=60, epochs=1, width=8, cells=4, nodes=2)
+
+
+def digits_dir01() -> Config:
+    """The bundled 8x8 handwritten digits, 10 clients, Dirichlet 0.1: the whole search in minutes on a CPU.
+
+    measured: see README
+    python experiments/main.py --config=digits_dir01
+    """
+    return Config(
+        dataset="digits",
+        clients=10,
+        train_size=120,
+        test_size=60,
+        rounds=40,
+        augment=(),
+        width=8,
+        cells=2,
+        nodes=2,
+    )
+
+
+TASKS: dict[str, Callable[[], Config]] = {
+    task.__name__: task
+    for task in (
+        digits_dir01,
+        cifar10_small,
+        cifar10_dir01,
+        cifar10_dir03,
+        cifar10_tau8,
+        cifar10_tau4,
+        cifar100_dir01,
+        mnist_dir01,
+    )
+}

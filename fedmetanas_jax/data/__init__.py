@@ -1,0 +1,1 @@
+"""Where the images come from, which client holds which, and how they are augmented."""

@@ -1,0 +1,211 @@
+"""Which client holds which images (methods section 11; D-1).
+
+A client's label distribution is p_k ~ Dirichlet(concentration): small values leave it few classes. Every
+choice is a function of the seed and the client, so client 7 is the same whether there are 10 clients or 100.
+"""
+
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+
+KINDS = ("dirichlet", "dirichlet_disjoint", "plato", "label_skew", "iid")
+
+
+class Partition(NamedTuple):
+    """Rows of the data set, client by client, each client's in random order."""
+
+    train: list[np.ndarray]  # one [n_k] int64 per client, rows of the training images
+    test: list[np.ndarray]  # one [m_k] int64 per client, rows of the test images
+
+
+def partition(
+    kind: str,
+    train_labels: np.ndarray,
+    test_labels: np.ndarray,
+    *,
+    clients: int,
+    train_size: int,
+    test_size: int,
+    concentration: float,
+    tau: int,
+    classes: int,
+    seed: int,
+) -> Partition:
+    """Deals the images out to `clients` clients; labels are [n] and [m] integers below `classes`.
+
+    - dirichlet: each client draws train_size distinct training and test_size distinct test images, an image
+      with weight p_k[its label], without replacement and independently of the other clients, who may draw the
+      same image. Where a class runs out the draw goes on with the others.
+    - dirichlet_disjoint: as dirichlet, but no training image goes to two clients; they take turns in random
+      order, so that nobody is left with what nobody wanted. The test draw follows the classes a client got.
+    - plato: as dirichlet, but all clients draw along one order of the images, so those who want n and n'
+      images of a class get the first n and n' of one list, and p_k comes from numpy's legacy generator seeded
+      with seed * (client + 1): few distinct images in all (methods section 11.1).
+    - label_skew: client c holds class c mod classes and tau - 1 random others; every class is split evenly
+      and disjointly over its holders, training and test images alike. The sizes follow from that: train_size
+      and test_size are not used.
+    - iid: as dirichlet, with the same weight for every image.
+
+    Raises ValueError for what cannot be dealt.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"no partition {kind!r}; there are {', '.join(KINDS)}")
+    if clients < 1:
+        raise ValueError(f"clients is {clients}; it must be at least 1")
+    if seed < 0:
+        raise ValueError(f"seed is {seed}; it must be 0 or more")
+    if kind == "label_skew":
+        return _label_skew(train_labels, test_labels, clients, tau, classes, seed)
+    _check_size("train_size", train_size, len(train_labels))
+    _check_size("test_size", test_size, len(test_labels))
+    if kind == "iid":
+        log_p = np.zeros((clients, classes))
+    elif not 0 < concentration < np.inf:
+        raise ValueError(f"concentration is {concentration}; it must be a finite number above 0")
+    elif kind == "plato" and not 0 < seed * clients < 2**32:
+        most = (2**32 - 1) // clients
+        raise ValueError(f"plato seeds a client with seed * client: seed is {seed}, not from 1 to {most}")
+    else:
+        log_p = np.stack([_log_p(kind, concentration, classes, seed, client) for client in range(clients)])
+    shared = kind == "plato"
+    if kind == "dirichlet_disjoint":
+        _check_size("train_size of disjoint clients", train_size, len(train_labels) // clients)
+        train = _deal(log_p, train_labels, train_size, seed)
+        held = histogram(train, train_labels, classes)
+        log_p = np.log(np.maximum(held, np.finfo(float).tiny))
+    else:
+        train = _draw(log_p, train_labels, train_size, seed, _TRAIN, shared)
+    return Partition(train, _draw(log_p, test_labels, test_size, seed, _TEST, shared))
+
+
+def histogram(rows: list[np.ndarray], labels: np.ndarray, classes: int) -> np.ndarray:
+    """Images of every class at every client: [clients, classes] int64."""
+    return np.stack([np.bincount(labels[own], minlength=classes) for own in rows])
+
+
+def majority_accuracy(train_histogram: np.ndarray, test_histogram: np.ndarray) -> float:
+    """Mean local accuracy, in [0, 1], of always answering the class a client has most training images of.
+
+    Local accuracies are to be read against this number: about .67 for CIFAR-10 at concentration 0.1.
+    """
+    guess = np.argmax(train_histogram, axis=1)
+    right = np.take_along_axis(test_histogram, guess[:, None], axis=1)[:, 0]
+    return float(np.mean(right / test_histogram.sum(axis=1)))
+
+
+def manifest(
+    parts: Partition, train_labels: np.ndarray, test_labels: np.ndarray, classes: int, parameters: dict
+) -> dict:
+    """What a run records of its partition: a dict of plain JSON values.
+
+    `parameters` are recorded as given. Two partitions are equal where both SHA-256 are.
+    """
+    counts = [histogram(parts.train, train_labels, classes), histogram(parts.test, test_labels, classes)]
+    record = {
+        "parameters": dict(parameters),
+        "clients": len(parts.train),
+        "majority_accuracy": majority_accuracy(*counts),
+    }
+    for name, rows, count in zip(("train", "test"), parts, counts, strict=True):
+        record[name] = {
+            "sizes": [len(own) for own in rows],
+            "distinct": len(np.unique(np.concatenate(rows))),
+            "histogram": count.tolist(),
+            "sha256": _sha256(rows),
+        }
+    return record
+
+
+_CLASSES, _TRAIN, _TEST, _SHARED = 1, 2, 3, 4  # what a stream of random numbers is for
+
+
+def _rng(seed: int, purpose: int, client: int = 0) -> np.random.Generator:
+    """One stream for each purpose, so that no draw depends on how many numbers another one took."""
+    return np.random.default_rng([seed, purpose, client])
+
+
+def _log_p(kind: str, concentration: float, classes: int, seed: int, client: int) -> np.ndarray:
+    """log of p_k up to a constant, [classes], finite.
+
+    Dirichlet weights are gamma variates; below about 0.01 most underflow to 0. The log of such a variate is,
+    far down, an exponential of rate `concentration`, which has no memory: the missing tail is drawn anew.
+    """
+    if kind == "plato":
+        rng = np.random.RandomState(seed * (client + 1))
+    else:
+        rng = _rng(seed, _CLASSES, client)
+    gamma = rng.standard_gamma(concentration, classes)
+    tiny = np.finfo(float).tiny
+    tail = np.log(tiny) - rng.exponential(1 / concentration, classes)
+    return np.where(gamma >= tiny, np.log(np.maximum(gamma, tiny)), tail)
+
+
+def _draw(log_p: np.ndarray, labels: np.ndarray, size: int, seed: int, purpose: int, shared: bool) -> list:
+    """`size` distinct rows per client, weighted by p[label], without replacement.
+
+    The rows with the largest log weight + Gumbel noise are such a draw (the Gumbel-top-k trick), in one pass
+    that ends whatever the weights. Sharing the noise among clients is Plato's shared generator state.
+    """
+    common = _rng(seed, _SHARED + purpose).gumbel(size=len(labels)) if shared else None
+    rows = []
+    for client, weight in enumerate(log_p):
+        rng = _rng(seed, purpose, client)
+        noise = common if shared else rng.gumbel(size=len(labels))
+        best = np.argpartition(weight[labels] + noise, len(labels) - size)[len(labels) - size :]
+        rows.append(rng.permutation(np.sort(best)))
+    return rows
+
+
+def _deal(log_p: np.ndarray, labels: np.ndarray, size: int, seed: int) -> list:
+    """`size` rows per client, no row twice: each turn takes a class by p_k among those with images left."""
+    clients, classes = log_p.shape
+    rng = _rng(seed, _TRAIN)
+    decks = [rng.permutation(np.flatnonzero(labels == c)).tolist() for c in range(classes)]
+    left = np.array([0.0 if deck else -np.inf for deck in decks])
+    rows = [[] for _ in range(clients)]
+    for client in rng.permutation(np.repeat(np.arange(clients), size)):
+        chosen = int(np.argmax(log_p[client] + rng.gumbel(size=classes) + left))
+        rows[client].append(decks[chosen].pop())
+        if not decks[chosen]:
+            left[chosen] = -np.inf
+    return [rng.permutation(own) for own in rows]
+
+
+def _label_skew(train_labels, test_labels, clients: int, tau: int, classes: int, seed: int) -> Partition:
+    if not 1 <= tau <= classes:
+        raise ValueError(f"tau is {tau}; with {classes} classes it must be from 1 to {classes}")
+    rng = _rng(seed, _CLASSES)
+    holders = [[] for _ in range(classes)]
+    for client in range(clients):
+        first = client % classes
+        others = np.delete(np.arange(classes), first)
+        for c in (first, *rng.choice(others, tau - 1, replace=False)):
+            holders[c].append(client)
+    sides = []
+    for labels, purpose in ((train_labels, _TRAIN), (test_labels, _TEST)):
+        rng = _rng(seed, purpose)
+        pieces = [[] for _ in range(clients)]
+        for c in range(classes):
+            shares = np.array_split(rng.permutation(np.flatnonzero(labels == c)), max(len(holders[c]), 1))
+            for client, share in zip(rng.permutation(holders[c]), shares, strict=False):
+                pieces[int(client)].append(share)
+        rows = [rng.permutation(np.concatenate(own)) for own in pieces]
+        sides.append(rows)
+        empty = [client for client, own in enumerate(rows) if len(own) == 0]
+        if empty:
+            side = "training" if purpose == _TRAIN else "test"
+            raise ValueError(f"label_skew leaves client {empty[0]} without {side} images: take fewer clients")
+    return Partition(*sides)
+
+
+def _check_size(name: str, size: int, most: int) -> None:
+    if not 1 <= size <= most:
+        raise ValueError(f"{name} is {size}; it must be at least 1, and the images allow at most {most}")
+
+
+def _sha256(rows: list[np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for own in rows:
+        digest.update(np.array([len(own), *own], "<i8").tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""What runs a federated algorithm: rounds, evaluation, records, checkpoints."""

@@ -1,0 +1,183 @@
+"""One federated round as one compiled program; knows no algorithm by name.
+
+    cohort, keys <- (seed, round)      map over the cohort: gather rows, algorithm.client_update
+    weighted mean of the updates       algorithm.server_update       put the cohort's client states back
+
+Here live jit, vmap, shard_map, donation and the choice of clients. State and data are replicated on every
+device of a mesh, client states too; what is divided is the cohort's work.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from fedmetanas_jax import tree
+from fedmetanas_jax.core import Algorithm, Array, Examples, FederatedData, RoundState, Tree
+
+STREAMS = ("init", "cohort", "train", "personal", "calibration")  # append only: the place is the salt
+
+
+def stream_key(seed: int, stream: str, *numbers) -> Array:
+    """The key of one of STREAMS at these numbers (a round, a client): a pure function, nothing is carried."""
+    key = jax.random.fold_in(jax.random.key(seed), STREAMS.index(stream))
+    for number in numbers:
+        key = jax.random.fold_in(key, number)
+    return key
+
+
+def client_key(seed: int, round: Array, client: Array) -> Array:
+    """The key of a client's work in a round, whatever its place in the cohort."""
+    return stream_key(seed, "train", round, client)
+
+
+def cohort(seed: int, round: Array, clients: int, size: int) -> Array:
+    """[size] int32: the clients of a round, uniform without replacement, a pure function of (seed, round)."""
+    if not 1 <= size <= clients:
+        raise ValueError(f"cohort of {size}: allowed are 1 to the {clients} clients there are")
+    everyone = jnp.arange(clients, dtype=jnp.int32)
+    return jax.random.permutation(stream_key(seed, "cohort", round), everyone)[:size]
+
+
+def init_state(algorithm: Algorithm, seed: int, clients: int) -> RoundState:
+    """The state before round 0; every client starts from the one client_state that init returns."""
+
+    def init():
+        server_state, client_state = algorithm.init(stream_key(seed, "init"))
+        everyone = jax.tree.map(lambda x: jnp.broadcast_to(x, (clients, *jnp.shape(x))), client_state)
+        return RoundState(jnp.zeros((), jnp.int32), server_state, everyone)
+
+    return jax.jit(init)()
+
+
+def train_examples(data: FederatedData, client: Array) -> Examples:
+    """The training rows of one client, [n, h, w, c]; weight 0 past its train_size."""
+    rows = data.train[client]
+    weight = (jnp.arange(rows.shape[0]) < data.train_size[client]).astype(jnp.float32)
+    return Examples(data.image[rows], data.label[rows], weight)
+
+
+def on_mesh(function: Callable, mesh: Mesh | None) -> Callable:
+    """The function, run by every device of the mesh on the same replicated arguments."""
+    if mesh is None:
+        return function
+    # check_vma would make a client's gradient of the replicated server state a sum over all devices.
+    all_of_it = PartitionSpec()
+    return jax.shard_map(function, mesh=mesh, in_specs=all_of_it, out_specs=all_of_it, check_vma=False)
+
+
+def apart(function: Callable) -> Callable:
+    """The function, compiled apart from what surrounds it.
+
+    Without the fences XLA moves arithmetic between a client's work and the loop, block or device share it
+    stands in, and the last bits of a client's update would depend on these.
+    """
+
+    def fenced(*args):
+        return function(*jax.lax.optimization_barrier(args))
+
+    return fenced
+
+
+def map_clients(function: Callable, clients: Array, at_once: int, mesh: Mesh | None) -> Tree:
+    """function(client []) for each of clients [s] -> leaves [s, ...], in that order.
+
+    at_once: 0 = all in one vmap, 1 = one after another, k = k at a time (a remainder that k leaves is a
+    second copy of the program to compile). On a mesh, to be called under `on_mesh`: each device takes an
+    equal share of the clients, repeating some at the end where they do not divide, and gets all results.
+    """
+    if at_once < 0:
+        raise ValueError(f"at_once={at_once}: allowed are 0 (all), 1 (one after another) and k at a time")
+
+    def share_of_work(mine: Array) -> Tree:
+        if at_once == 0 or 1 < mine.size <= at_once:
+            return jax.vmap(function)(mine)
+        return jax.lax.map(function, mine, batch_size=None if at_once == 1 else at_once)
+
+    if mesh is None:
+        return share_of_work(clients)
+    share = -(-clients.size // mesh.size)
+    filled = clients[jnp.arange(share * mesh.size) % clients.size]
+    mine = jax.lax.dynamic_slice_in_dim(filled, jax.lax.axis_index("clients") * share, share)
+    gathered = jax.lax.all_gather(share_of_work(mine), "clients", tiled=True)
+    return jax.tree.map(lambda x: x[: clients.size], gathered)
+
+
+def make_round(
+    algorithm: Algorithm,
+    *,
+    seed: int,
+    cohort_size: int,
+    at_once: int,
+    mesh: Mesh | None = None,
+    block: int = 1,
+) -> Callable:
+    """-> step(state: RoundState, data: FederatedData, stop [] int32) -> (state, metrics), jitted.
+
+    It runs the rounds state.round ... stop-1, at most `block` of them, in one dispatch; `stop` is to lie past
+    state.round (a block of 1 is one round and does not read it). The state given is donated, so gone after.
+
+    metrics: name -> [block, cohort] of what the clients measured, "client" their ids int32, "finite" bool
+    (all a client sends and keeps is a number); and name -> [block] of algorithm.report on the server's state
+    after the round. Rows past the rounds run are zero.
+
+    A mesh sums the updates in the cohort's order, as one device does, so it adds no rounding of its own.
+    ValueError for a block below 1 and, at the first call, for a cohort or an `at_once` that cannot be and for
+    a name that the metrics and the report both use.
+    """
+    if block < 1:
+        raise ValueError(f"block={block}: a dispatch runs at least 1 round")
+
+    # Jitted in itself so that it is traced once, though its shapes and its body are both asked for below.
+    @jax.jit
+    def one_round(state: RoundState, data: FederatedData) -> tuple[RoundState, dict]:
+        chosen = cohort(seed, state.round, data.train.shape[0], cohort_size)
+
+        def client(k: Array):
+            client_state, key = tree.take(state.client_states, k), client_key(seed, state.round, k)
+            work = apart(algorithm.client_update)
+            return work(state.server_state, client_state, train_examples(data, k), key)
+
+        out = map_clients(client, chosen, at_once, mesh)
+        finite = jax.vmap(tree.all_finite)((out.update, out.weight, out.client_state))
+        server_state = algorithm.server_update(state.server_state, tree.weighted_mean(out.update, out.weight))
+        client_states = tree.put(state.client_states, chosen, out.client_state)
+        engine, report = {"client": chosen, "finite": finite}, algorithm.report(server_state)
+        names = [*engine, *out.metrics, *report]
+        if len(set(names)) < len(names):
+            raise ValueError(f"a name twice among metrics {[*out.metrics]}, report {[*report]}, {[*engine]}")
+        return RoundState(state.round + 1, server_state, client_states), engine | out.metrics | report
+
+    def step(state: RoundState, data: FederatedData, stop: Array) -> tuple[RoundState, dict]:
+        if block == 1:
+            state, row = one_round(state, data)
+            return state, jax.tree.map(lambda x: x[None], row)
+
+        def body(carry):
+            done, state, rows = carry
+            state, row = one_round(state, data)
+            return done + 1, state, tree.put(rows, done, row)
+
+        shapes = jax.eval_shape(one_round, state, data)[1]
+        rows = jax.tree.map(lambda x: jnp.zeros((block, *x.shape), x.dtype), shapes)
+        _, state, rows = jax.lax.while_loop(
+            lambda carry: (carry[0] < block) & (carry[1].round < stop), body, (jnp.int32(0), state, rows)
+        )
+        return state, rows
+
+    return jax.jit(on_mesh(step, mesh), donate_argnums=0)
+
+
+def payload(algorithm: Algorithm, state: RoundState, data: FederatedData) -> dict[str, int]:
+    """bytes_up, bytes_down: what one client sends and is sent in a round (methods section 12.2)."""
+
+    def update(state: RoundState, data: FederatedData) -> Tree:
+        client_state = tree.take(state.client_states, 0)
+        key = client_key(0, state.round, 0)
+        return algorithm.client_update(state.server_state, client_state, train_examples(data, 0), key).update
+
+    return {
+        "bytes_up": tree.nbytes(jax.eval_shape(update, state, data)),
+        "bytes_down": tree.nbytes(jax.eval_shape(algorithm.broadcast, state.server_state)),
+    }

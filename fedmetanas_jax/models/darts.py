@@ -1,0 +1,259 @@
+"""The DARTS supernet and the discrete networks inside it (Liu, Simonyan, Yang: DARTS, ICLR 2019).
+
+Stem, a stack of normal and reduction cells, global average pool, linear head. Every candidate operation's
+weight is an argument (`mix`), so the network knows nothing of softmax, Gumbel noise or masks. `keep` says
+statically which operations exist at all: pruning enters a smaller program here.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedmetanas_jax.core import Array, SearchSpace, Supernet, Tree
+from fedmetanas_jax.models import cell as cells
+from fedmetanas_jax.models import layers
+
+Plan = tuple[cells.Keep, cells.Keep]  # operations alive on each edge of normal and reduction cells
+STEM_MULTIPLIER = 3
+
+
+def full_plan(nodes: int) -> Plan:
+    """Every operation on every edge."""
+    edges = len(cells.edge_ends(nodes))
+    return ((tuple(range(len(cells.OPS))),) * edges,) * 2
+
+
+def reductions(length: int) -> tuple[int, ...]:
+    """Indices of the reduction cells: a third and two thirds of the way."""
+    return tuple(sorted({length // 3, 2 * length // 3}))
+
+
+class Norm(nn.Module):
+    """Batch norm without scale and shift; in training the batch's moments replace `batch_stats`."""
+
+    shape: tuple[int, ...]  # [..., C]: moments of one or of several norms
+
+    def setup(self):
+        self.mean = self.variable("batch_stats", "mean", jnp.zeros, self.shape)
+        self.variance = self.variable("batch_stats", "var", jnp.ones, self.shape)
+
+    @property
+    def moments(self):
+        return self.mean.value, self.variance.value
+
+    def put(self, moments):
+        if not self.is_initializing():
+            self.mean.value, self.variance.value = moments
+
+    def __call__(self, x: Array, train: bool) -> Array:
+        if not train:
+            return layers.frozen_norm(x, *self.moments)
+        y, mean, variance = layers.batch_norm(x)
+        self.put((mean, variance))
+        return y
+
+
+class Preprocess(nn.Module):
+    """Brings a cell input to C channels and the cell's size: ReLU, 1x1 (or FactorizedReduce), batch norm."""
+
+    width: int
+    halve: bool
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        fan_in = x.shape[0]
+        init = layers.torch_uniform(fan_in)
+        x = jax.nn.relu(x)
+        if self.halve:
+            half = (self.width // 2, fan_in)
+            x = cells.factorized_reduce(x, self.param("even", init, half), self.param("odd", init, half))
+        else:
+            x = layers.pointwise(x, self.param("pointwise", init, (self.width, fan_in)))
+        return Norm((self.width,), name="norm")(x, train)
+
+
+class Operation(nn.Module):
+    """Weights and moments of one candidate operation on all edges that carry it, stacked."""
+
+    op: str
+    width: int
+    stride: int
+    count: int
+
+    @nn.compact
+    def __call__(self):
+        weights = {}
+        for name, shape in cells.op_shapes(self.op, self.width, self.stride).items():
+            # A depthwise kernel [C, k, k] sees k*k inputs, a 1x1 kernel [O, I] sees I.
+            fan_in = int(np.prod(shape[1:]))
+            weights[name] = self.param(name, layers.torch_uniform(fan_in), (self.count, *shape))
+        norms = {name: Norm((self.count, self.width), name=name) for name in cells.norm_names(self.op, self.stride)}
+        return weights, norms
+
+
+class Cell(nn.Module):
+    """A cell with its preprocessing: (s0, s1) -> concatenated nodes [nodes C, H, W, N]."""
+
+    width: int
+    nodes: int
+    keep: cells.Keep
+    reduce: bool
+    after_reduction: bool
+
+    @nn.compact
+    def __call__(self, s0: Array, s1: Array, mix: Array, train: bool) -> Array:
+        s0 = Preprocess(self.width, self.after_reduction, name="preprocess_0")(s0, train)
+        s1 = Preprocess(self.width, False, name="preprocess_1")(s1, train)
+        weights, norms = {}, {}
+        for k, op in enumerate(cells.OPS):
+            edges, stride = cells.stack(self.keep, k, self.nodes, self.reduce)
+            if edges and cells.has_norm(op, stride):
+                weights[op], norms[op] = Operation(op, self.width, stride, len(edges), name=op)()
+        stats = {op: {name: norm.moments for name, norm in by_name.items()} for op, by_name in norms.items()}
+        nodes, moments = cells.cell(
+            jnp.stack([s0, s1]), weights, stats, mix, self.keep, self.nodes, self.reduce, train
+        )
+        if train:
+            for op, by_name in norms.items():
+                for name, norm in by_name.items():
+                    norm.put(moments[op][name])
+        return nodes.reshape(-1, *nodes.shape[2:])
+
+
+class Darts(nn.Module):
+    """The whole network on normalised images [channels, H, W, N]."""
+
+    classes: int
+    width: int
+    length: int
+    nodes: int
+    plan: Plan
+
+    @nn.compact
+    def __call__(self, x: Array, mix: Array, train: bool) -> Array:
+        stem = STEM_MULTIPLIER * self.width
+        kernel = self.param("stem", layers.torch_uniform(9 * x.shape[0]), (stem, x.shape[0], 3, 3))
+        norm = Norm((stem,), name="stem_norm")
+        x = norm(layers.convolution(x, kernel), train)
+        ones, zeros = (lambda key, shape: jnp.ones(shape)), (lambda key, shape: jnp.zeros(shape))
+        scale = self.param("stem_scale", ones, (stem,)).astype(x.dtype)
+        shift = self.param("stem_shift", zeros, (stem,)).astype(x.dtype)
+        s0 = s1 = scale[:, None, None, None] * x + shift[:, None, None, None]
+        width, after_reduction = self.width, False
+        for i in range(self.length):
+            reduce = i in reductions(self.length)
+            width *= 2 if reduce else 1
+            kind = int(reduce)
+            block = Cell(width, self.nodes, self.plan[kind], reduce, after_reduction, name=f"cell_{i}")
+            s0, s1, after_reduction = s1, block(s0, s1, mix[kind], train), reduce
+        features = jnp.mean(s1.astype(jnp.promote_types(s1.dtype, jnp.float32)), (1, 2))  # [F, N]
+        init = layers.torch_uniform(features.shape[0])
+        kernel = self.param("head_kernel", init, (self.classes, features.shape[0]))
+        return (kernel @ features).T + self.param("head_bias", init, (self.classes,))
+
+
+def darts(
+    *,
+    shape: tuple[int, int, int],
+    classes: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    width: int = 16,
+    length: int = 8,
+    nodes: int = 4,
+    plan: Plan | None = None,
+    dtype=jnp.float32,
+) -> Supernet:
+    """The search network (C = width, L = length) for images of `shape` (H, W, channels).
+
+    `plan` says which operations exist; all where it is None.
+
+    Weights, moments, logits and the mix are float32; `dtype` is what the layers compute in.
+    ValueError where the image cannot be halved as often as there are reduction cells.
+    """
+    halvings = len(reductions(length))
+    if shape[0] % 2**halvings or shape[1] % 2**halvings:
+        raise ValueError(
+            f"the DARTS network halves its images {halvings} times with {length} cells, so height and width must be "
+            f"multiples of {2**halvings}; they are {shape[0]} x {shape[1]}"
+        )
+    plan = full_plan(nodes) if plan is None else plan
+    net = Darts(classes, width, length, nodes, plan)
+    mix_shape = (2, len(cells.edge_ends(nodes)), len(cells.OPS))
+
+    def init(key):
+        image = jnp.zeros((shape[2], *shape[:2], 1))
+        variables = net.init(key, image, jnp.zeros(mix_shape), False)
+        return variables["params"], variables["batch_stats"]
+
+    def apply(params, stats, image, mix, train):
+        x = layers.normalize(image, mean, std, dtype)
+        variables = {"params": params, "batch_stats": stats}
+        if not train:
+            return net.apply(variables, x, mix, False), stats
+        logits, found = net.apply(variables, x, mix, True, mutable=["batch_stats"])
+        return logits, found["batch_stats"]
+
+    macs = multiply_adds(shape, classes, width, length, nodes, plan)
+    return Supernet(init, apply, momentum=0.1, macs=macs)
+
+
+def darts_space(*, nodes: int = 4, length: int = 8, **network) -> SearchSpace:
+    """The supernet of `darts` with every plan it can be cut down to; `network` are its other arguments."""
+
+    def as_plan(lists) -> Plan:
+        return tuple(tuple(map(tuple, edges)) for edges in lists)
+
+    def make(plan) -> Supernet:
+        return darts(nodes=nodes, length=length, plan=as_plan(plan), **network)
+
+    def cut(tree, old, new):
+        return carry_over(tree, length, nodes, as_plan(old), as_plan(new))
+
+    return SearchSpace(nodes, make, cut)
+
+
+def multiply_adds(shape, classes: int, width: int, length: int, nodes: int, plan: Plan) -> int:
+    """Multiply-adds of convolutions and head for one image; batch norm, pooling and sums are not counted."""
+    ends = cells.edge_ends(nodes)
+    area = shape[0] * shape[1]
+    stem = STEM_MULTIPLIER * width
+    total = 9 * shape[2] * stem * area
+    before_last = last = stem
+    for i in range(length):
+        reduce = i in reductions(length)
+        width *= 2 if reduce else 1
+        # The older input still has the size from before the last reduction; its 1x1 runs at half of it.
+        total += (before_last + last) * width * area
+        area //= 4 if reduce else 1
+        for (start, _), ops in zip(ends, plan[int(reduce)], strict=True):
+            stride = 2 if reduce and start < 2 else 1
+            for k in ops:
+                shapes = cells.op_shapes(cells.OPS[k], width, stride)
+                total += area * sum(int(np.prod(s)) for s in shapes.values())
+        before_last, last = last, nodes * width
+    return total + last * classes
+
+
+def carry_over(tree: Tree, length: int, nodes: int, old: Plan, new: Plan) -> Tree:
+    """Weights or moments of the network with plan `old`, cut to plan `new` (which it contains).
+
+    Works on any tree laid out like `params` or `stats`, so on optimizer states of either too.
+    """
+    pruned = dict(tree)
+    for i in range(length):
+        reduce = i in reductions(length)
+        kind = int(reduce)
+        block = dict(tree[f"cell_{i}"])
+        for k, op in enumerate(cells.OPS):
+            if op not in block:
+                continue
+            had, _ = cells.stack(old[kind], k, nodes, reduce)
+            has, _ = cells.stack(new[kind], k, nodes, reduce)
+            rows = np.array([had.index(e) for e in has], int)
+            block[op] = jax.tree.map(lambda x, rows=rows: x[rows], block[op])
+            if not has:
+                del block[op]
+        pruned[f"cell_{i}"] = block
+    return pruned

@@ -1,0 +1,257 @@
+"""The few layers both networks are made of, written for speed.
+
+Inside a network an image batch is laid out [C, H, W, N], batch last: the inner loop of every layer then
+runs over N and (W, N) without gaps, which made a supernet step on a CPU about twice as fast as N, H, W, C.
+
+Three choices need a word:
+* A depthwise convolution is k*k shifted multiply-adds. Under `vmap` over clients XLA turns grouped
+  convolutions with per-client kernels, and above all their weight gradients, into dense ones (40 times
+  slower on a CPU); shifts stay what they are.
+* Shifts, pooling and batch norm have hand-written gradients. Automatic ones turn every shifted read into a
+  shifted write, and keep far more for the backward pass.
+* `optimization_barrier` stops XLA from recomputing a cheap producer (ReLU, padding) once for each tap.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from fedmetanas_jax.core import Array
+
+BN_EPSILON = 1e-5  # PyTorch's default, DARTS's value
+
+
+def torch_uniform(fan_in: int):
+    """PyTorch's default initialiser of convolutions and linear layers: U(-1, 1) / sqrt(fan_in)."""
+    bound = fan_in**-0.5
+    return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+def normalize(image: Array, mean: Array, std: Array, dtype) -> Array:
+    """uint8 [N, H, W, C] -> dtype [C, H, W, N] with `mean` and `std` [C] in units of 0..1."""
+    scaled = (image.astype(jnp.float32) / 255.0 - jnp.asarray(mean)) / jnp.asarray(std)
+    return scaled.transpose(3, 1, 2, 0).astype(dtype)
+
+
+def pointwise(x: Array, kernel: Array) -> Array:
+    """1x1 convolution: x [I, H, W, N], kernel [O, I] -> [O, H, W, N], a plain matrix product."""
+    return jnp.einsum("oi,ihwn->ohwn", kernel.astype(x.dtype), x)
+
+
+def _wide(x: Array) -> Array:
+    """At least float32: what sums and moments are taken in, whatever the layer computes in."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _pad(x: Array, low: int, high: int, value: float = 0.0, interior: int = 0) -> Array:
+    """Pads H and W; a negative pad crops; `interior` values between neighbours undo a stride."""
+    space = (low, high, interior)
+    return lax.pad(x, jnp.asarray(value, x.dtype), ((0, 0, 0), space, space, (0, 0, 0)))
+
+
+def _taps(x: Array, size: int, dilation: int, stride: int, out: tuple[int, int]):
+    """The size*size shifted views [C, *out, N] of a padded x, row by row."""
+    for i in range(size):
+        for j in range(size):
+            h, w = i * dilation, j * dilation
+            yield x[:, h : h + stride * (out[0] - 1) + 1 : stride, w : w + stride * (out[1] - 1) + 1 : stride]
+
+
+def _spread(g: Array, size: int, dilation: int, stride: int, pad: int, shape) -> Array:
+    """Output gradients laid out so that input position p meets them at p .. p + dilation (size - 1)."""
+    reach = dilation * (size - 1)
+    low = reach - pad
+    height, width = (stride * (n - 1) + 1 for n in g.shape[1:3])
+    g = lax.pad(
+        g,
+        jnp.zeros((), g.dtype),
+        (
+            (0, 0, 0),
+            (low, shape[1] + reach - low - height, stride - 1),
+            (low, shape[2] + reach - low - width, stride - 1),
+            (0, 0, 0),
+        ),
+    )
+    return lax.optimization_barrier(g)
+
+
+def _weighted_taps(taps, kernel: Array, order) -> Array:
+    """sum_t kernel[:, t] * tap_t in float32, rounded once."""
+    flat = _wide(kernel.reshape(kernel.shape[0], -1))
+    total = 0.0
+    for t, tap in zip(order, taps, strict=True):
+        total = total + flat[:, t, None, None, None] * _wide(tap)
+    return total
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def depthwise(x: Array, kernel: Array, stride: int = 1, dilation: int = 1) -> Array:
+    """Depthwise convolution: x [C, H, W, N], kernel [C, k, k] -> [C, H/stride, W/stride, N].
+
+    Zero padding dilation (k - 1) / 2 on each side, as every depthwise layer here has it.
+    """
+    return _depthwise_forward(x, kernel, stride, dilation)[0]
+
+
+def _depthwise_forward(x, kernel, stride, dilation):
+    size = kernel.shape[-1]
+    pad = dilation * (size - 1) // 2
+    out = tuple(-(-n // stride) for n in x.shape[1:3])
+    padded = lax.optimization_barrier(_pad(x, pad, pad))
+    y = _weighted_taps(_taps(padded, size, dilation, stride, out), kernel, range(size * size))
+    return y.astype(x.dtype), (x, kernel)
+
+
+def _depthwise_backward(stride, dilation, saved, g):
+    x, kernel = saved
+    size = kernel.shape[-1]
+    pad = dilation * (size - 1) // 2
+    spread = _spread(g, size, dilation, stride, pad, x.shape)
+    flipped = range(size * size - 1, -1, -1)
+    dx = _weighted_taps(_taps(spread, size, dilation, 1, x.shape[1:3]), kernel, flipped)
+    padded = lax.optimization_barrier(_pad(x, pad, pad))
+    # One reduction over all taps at once reads x and g a single time instead of k*k times.
+    products = [
+        _wide(g) * _wide(tap)
+        for tap in _taps(padded, size, dilation, stride, g.shape[1:3])
+    ]
+    sums = lax.reduce(
+        products,
+        [jnp.zeros((), products[0].dtype)] * len(products),
+        lambda a, b: [p + q for p, q in zip(a, b, strict=True)],
+        dimensions=(1, 2, 3),
+    )
+    dk = jnp.stack(sums, -1).reshape(kernel.shape)
+    return dx.astype(x.dtype), dk.astype(kernel.dtype)
+
+
+depthwise.defvjp(_depthwise_forward, _depthwise_backward)
+
+
+def convolution(x: Array, kernel: Array, stride: int = 1) -> Array:
+    """Dense k x k convolution of the stems: x [I, H, W, N], kernel [O, I, k, k], zero padding (k - 1) / 2.
+
+    Patches are gathered and multiplied as one matrix product, which has a cheap gradient under `vmap`.
+    """
+    size = kernel.shape[-1]
+    pad = (size - 1) // 2
+    out = tuple(-(-n // stride) for n in x.shape[1:3])
+    patches = jnp.stack(list(_taps(_pad(x, pad, pad), size, 1, stride, out)), 1)
+    weight = kernel.reshape(*kernel.shape[:2], -1).astype(x.dtype)
+    return jnp.einsum("oit,ithwn->ohwn", weight, patches)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def max_pool(x: Array, stride: int = 1) -> Array:
+    """3x3 maximum, padding 1. Among equal values the first of the window, row by row, gets the gradient."""
+    return _max_pool_forward(x, stride)[0]
+
+
+def _max_pool_index(x, stride):
+    out = tuple(-(-n // stride) for n in x.shape[1:3])
+    padded = lax.optimization_barrier(_pad(x, 1, 1, -np.inf))
+    best, index = None, None
+    for t, tap in enumerate(_taps(padded, 3, 1, stride, out)):
+        if best is None:
+            best, index = tap, jnp.zeros(tap.shape, jnp.int8)
+        else:
+            index = jnp.where(tap > best, jnp.int8(t), index)
+            best = jnp.maximum(best, tap)
+    return best, index
+
+
+def _max_pool_forward(x, stride):
+    best, index = _max_pool_index(x, stride)
+    return best, (index, x.shape)
+
+
+def _max_pool_backward(stride, saved, g):
+    index, shape = saved
+    spread = _spread(g, 3, 1, stride, 1, shape)
+    # Zeros between strided outputs carry gradient 0, so whatever index stands there does no harm.
+    chosen = _spread(index, 3, 1, stride, 1, shape)
+    dx = 0.0
+    pairs = zip(_taps(spread, 3, 1, 1, shape[1:3]), _taps(chosen, 3, 1, 1, shape[1:3]), strict=True)
+    for t, (grad, winner) in enumerate(pairs):
+        dx = dx + jnp.where(winner == 8 - t, grad, 0)
+    return (dx,)
+
+
+max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+
+
+def _pool_count(size: int, stride: int) -> np.ndarray:
+    """How many of a 3-window's rows lie inside, for every output position."""
+    position = np.arange(0, size, stride)
+    return 3.0 - (position == 0) - (position == size - 1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def avg_pool(x: Array, stride: int = 1) -> Array:
+    """3x3 mean, padding 1, padding excluded from the count: a constant image stays constant."""
+    out = tuple(-(-n // stride) for n in x.shape[1:3])
+    padded = lax.optimization_barrier(_pad(x, 1, 1))
+    ones = jnp.ones((x.shape[0], 9))
+    return (_weighted_taps(_taps(padded, 3, 1, stride, out), ones, range(9)) / _count(x, stride)).astype(x.dtype)
+
+
+def _count(x, stride):
+    rows, columns = (_pool_count(n, stride) for n in x.shape[1:3])
+    return jnp.asarray(rows[:, None] * columns[None, :], jnp.float32)[None, :, :, None]
+
+
+def _avg_pool_forward(x, stride):
+    return avg_pool(x, stride), x
+
+
+def _avg_pool_backward(stride, x, g):
+    spread = _spread((_wide(g) / _count(x, stride)).astype(g.dtype), 3, 1, stride, 1, x.shape)
+    ones = jnp.ones((x.shape[0], 9))
+    return (_weighted_taps(_taps(spread, 3, 1, 1, x.shape[1:3]), ones, range(9)).astype(x.dtype),)
+
+
+avg_pool.defvjp(_avg_pool_forward, _avg_pool_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def batch_norm(x: Array, epsilon: float = BN_EPSILON) -> tuple[Array, Array, Array]:
+    """Normalises by the batch's own moments, no scale and shift (training mode).
+
+    x [C, H, W, N] -> (y [C, H, W, N], mean [C], variance [C]), moments in float32. The variance handed
+    out for the running average is the unbiased one, as in PyTorch. No gradient flows through the moments.
+    """
+    return _batch_norm_forward(x, epsilon)[0]
+
+
+def _batch_norm_forward(x, epsilon):
+    count = x[0].size
+    wide = _wide(x)
+    mean = jnp.mean(wide, (1, 2, 3))
+    centred = wide - mean[:, None, None, None]
+    variance = jnp.mean(jnp.square(centred), (1, 2, 3))
+    scale = lax.rsqrt(variance + epsilon)
+    y = (centred * scale[:, None, None, None]).astype(x.dtype)
+    return (y, mean, variance * (count / max(count - 1, 1))), (y, scale)
+
+
+def _batch_norm_backward(epsilon, saved, cotangents):
+    y, scale = saved
+    g = _wide(cotangents[0])
+    wide = _wide(y)
+    mean_g = jnp.mean(g, (1, 2, 3))[:, None, None, None]
+    mean_gy = jnp.mean(g * wide, (1, 2, 3))[:, None, None, None]
+    return (((g - mean_g - wide * mean_gy) * scale[:, None, None, None]).astype(y.dtype),)
+
+
+batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
+
+
+def frozen_norm(x: Array, mean: Array, variance: Array, epsilon: float = BN_EPSILON) -> Array:
+    """Batch norm with given moments [C] (evaluation mode)."""
+    scale = lax.rsqrt(variance + epsilon)
+    shift = -mean * scale
+    y = _wide(x) * scale[:, None, None, None] + shift[:, None, None, None]
+    return y.astype(x.dtype)

@@ -1,0 +1,1 @@
+"""The search itself: relaxation, masks and genotypes. Knows no network."""

@@ -1,0 +1,87 @@
+"""Architecture parameters to mixing weights: softmax and Gumbel-softmax over what is still in the search.
+
+FedMetaNAS Eq. 1 and 8 as methods sections 2 and 4 read them: the parameters are free logits (D-4), an edge
+normalises its operations and a node its pairs of inputs, both at one temperature (D-28), and one Gumbel
+draw serves the whole batch and every cell of a type (D-11).
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from fedmetanas_jax.core import Alpha, Array, Mask
+from fedmetanas_jax.nas import topology
+
+
+def init_alpha(key: Array, nodes: int) -> Alpha:
+    """Logits 1e-3 N(0, 1), as DARTS and MetaNAS start (D-5)."""
+    op_key, pair_key = jax.random.split(key)
+    cells = len(topology.CELL_TYPES)
+    op = jax.random.normal(op_key, (cells, topology.num_edges(nodes), len(topology.OPS)))
+    pair = jax.random.normal(pair_key, (cells, len(topology.pairs(nodes))))
+    return Alpha(1e-3 * op, 1e-3 * pair)
+
+
+def softmax(alpha: Alpha, mask: Mask, temperature, key: Array | None = None) -> Alpha:
+    """Weights Z in the shapes of `alpha`: Z = softmax((logit + G) / temperature), Eq. 1.
+
+    `key` draws the Gumbel noise G; without it G = 0. The rows of `op` sum to 1 per edge, those of `pair` to 1
+    per node. Masked entries have weight and gradient exactly 0, also where a whole row is masked.
+    """
+    if key is not None:
+        flat, unravel = ravel_pytree(alpha)  # one draw for all, since every draw costs compile time
+        alpha = unravel(flat + jax.random.gumbel(key, flat.shape))
+    # Every node normalises the whole list with the other nodes' pairs masked out; each pair has one owner.
+    per_node = _masked_softmax(alpha.pair[:, None] / temperature, _pair_alive_of_node(mask))
+    return Alpha(_masked_softmax(alpha.op / temperature, mask.op), jnp.sum(per_node, axis=1))
+
+
+def edge_weight(pair: Array) -> Array:
+    """u [2, edges] from pair weights Z [2, pairs]: u_ij sums Z over node j's pairs that hold input i.
+
+    This turns Eq. 8's sum over pairs into a weighted sum over edges; a node's u sum to 2 (D-29: node 0 has
+    a single pair, so its u are 1 and 1).
+    """
+    incidence = topology.incidence(topology.num_nodes(pair.shape[-1]))
+    return jnp.matmul(pair, incidence, precision=jax.lax.Precision.HIGHEST)
+
+
+def mix(alpha: Alpha, mask: Mask, temperature, key: Array | None = None) -> Array:
+    """[2, edges, ops]: u_ij Z_k^ij, the factor of every candidate operation in Eq. 8."""
+    weights = softmax(alpha, mask, temperature, key)
+    return edge_weight(weights.pair)[..., None] * weights.op
+
+
+def best(alpha: Alpha, mask: Mask) -> Mask:
+    """The largest logit alone: one operation per edge that has any, one pair per node.
+
+    Ties go to the lowest index. `none` may win (D-34).
+    """
+    pair = _masked_argmax(alpha.pair[:, None], _pair_alive_of_node(mask))
+    return Mask(_masked_argmax(alpha.op, mask.op), jnp.any(pair, axis=1))
+
+
+def harden(alpha: Alpha, mask: Mask) -> Array:
+    """[2, edges, ops], 0 or 1: the mix of the best pair and the best operations alone."""
+    winner = best(alpha, mask)
+    return edge_weight(winner.pair.astype(jnp.float32))[..., None] * winner.op
+
+
+def _pair_alive_of_node(mask: Mask) -> Array:
+    """[2, nodes, pairs] bool: the node's own pairs that are alive."""
+    return mask.pair[:, None] & topology.pairs_of_node(topology.num_nodes(mask.pair.shape[-1]))
+
+
+def _masked_softmax(logit: Array, alive: Array) -> Array:
+    """Softmax over the last axis of what is alive; a row with nothing alive is all 0.
+
+    Such a row is computed as if all of it were alive and cleared afterwards: -inf throughout would make
+    NaN, in the gradient even behind a `where`.
+    """
+    alive_or_empty = alive | ~jnp.any(alive, axis=-1, keepdims=True)
+    return jnp.where(alive, jax.nn.softmax(logit, where=alive_or_empty), 0)
+
+
+def _masked_argmax(logit: Array, alive: Array) -> Array:
+    winner = jnp.argmax(jnp.where(alive, logit, -jnp.inf), axis=-1, keepdims=True)
+    return (jnp.arange(alive.shape[-1]) == winner) & alive

@@ -1,0 +1,72 @@
+"""Arithmetic on pytrees."""
+
+import jax
+import jax.numpy as jnp
+
+from fedmetanas_jax.core import Array, Tree
+
+
+def add(a: Tree, b: Tree) -> Tree:
+    """a + b, leaf by leaf."""
+    return jax.tree.map(jnp.add, a, b)
+
+
+def sub(a: Tree, b: Tree) -> Tree:
+    """a - b, leaf by leaf."""
+    return jax.tree.map(jnp.subtract, a, b)
+
+
+def scale(a: Tree, factor) -> Tree:
+    """factor * a, leaf by leaf."""
+    return jax.tree.map(lambda x: factor * x, a)
+
+
+def zeros_like(a: Tree) -> Tree:
+    """Zeros of a's shapes and types."""
+    return jax.tree.map(jnp.zeros_like, a)
+
+
+def where(condition: Array, a: Tree, b: Tree) -> Tree:
+    """a where the scalar `condition` holds, else b."""
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
+
+
+def lerp(a: Tree, b: Tree, share: float) -> Tree:
+    """(1 - share) a + share b: one step of an exponential moving average."""
+    return jax.tree.map(lambda x, y: (1 - share) * x + share * y, a, b)
+
+
+def weighted_mean(stacked: Tree, weight: Array) -> Tree:
+    """Mean over the leading axis (Eq. 3's n_k / n): leaves [k, ...] and weight [k] -> leaves [...].
+
+    The weights are divided before they are applied and the sum runs in float32, so the mean of equal
+    rows stays within rounding of the row, whatever the size of the weights.
+    """
+    share = weight / jnp.sum(weight)
+    return jax.tree.map(lambda x: jnp.einsum("k,k...->...", share, x).astype(x.dtype), stacked)
+
+
+def take(stacked: Tree, rows: Array) -> Tree:
+    """Rows of every leaf: [clients, ...] and rows [k] -> [k, ...]."""
+    return jax.tree.map(lambda x: x[rows], stacked)
+
+
+def put(stacked: Tree, rows: Array, values: Tree) -> Tree:
+    """Leaves [clients, ...] with `rows` [k] replaced by values' [k, ...]; other rows keep their bits."""
+    return jax.tree.map(lambda x, v: x.at[rows].set(v), stacked, values)
+
+
+def global_norm(a: Tree) -> Array:
+    """Euclidean length of all leaves together."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(a)))
+
+
+def all_finite(a: Tree) -> Array:
+    """[] bool: no leaf holds an infinity or a NaN."""
+    floats = [x for x in jax.tree.leaves(a) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats] or [jnp.array(True)]))
+
+
+def nbytes(a: Tree) -> int:
+    """Bytes of all leaves (arrays or their ShapeDtypeStructs)."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(a))

@@ -1,0 +1,34 @@
+"""Packaging of fedmetanas_jax. The lower bounds are the lowest versions the test suite was run with."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="fedmetanas_jax",
+    version="0.1.0",
+    description="Federated neural architecture search with model-agnostic meta-learning, in JAX",
+    python_requires=">=3.11",
+    packages=find_packages(include=["fedmetanas_jax", "fedmetanas_jax.*"]),
+    package_data={"fedmetanas_jax.data": ["digits.npz", "DIGITS.md"]},
+    install_requires=[
+        "jax>=0.10.2",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "numpy>=2.0",
+        "absl-py>=2.5",
+        "matplotlib>=3.10",
+        "rich>=14",
+    ],
+    extras_require={
+        # Only to fetch cifar10, cifar100 and mnist; a cached DATA_DIR/<name>.npz needs none of it.
+        "data": ["tensorflow-datasets>=4.9.10", "array_record>=0.8", "pillow>=11", "importlib_resources>=6"],
+        "test": [
+            "pytest>=8",
+            "ruff>=0.14",
+            "tensorflow-datasets>=4.9.10",
+            "array_record>=0.8",
+            "pillow>=11",
+            "importlib_resources>=6",
+        ],
+    },
+)

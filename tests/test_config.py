@@ -1,0 +1,186 @@
+"""Config, the named tasks, and text from a command line as typed values."""
+
+import dataclasses
+import inspect
+import json
+import typing
+from typing import Literal
+
+import pytest
+
+from fedmetanas_jax.config import (
+    TASKS,
+    Config,
+    UsageError,
+    from_dict,
+    nearest,
+    option_types,
+    parse_options,
+    parse_value,
+    to_dict,
+    validate,
+)
+
+
+def method(
+    network,
+    setting,
+    *,
+    M: int = 1,
+    eta: float = 0.01,
+    clip: float | None = 5.0,
+    order: Literal[1, 2] = 1,
+    warm=0.05,
+    betas: tuple[float, float] = (0.5, 0.999),
+    prune: bool = True,
+    keep: int,
+    loss: typing.Callable = max,
+):
+    """A factory with a knob of every kind, one argument without a default and one that is no text."""
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_is_valid_and_carries_its_lab_note(name):
+    config = TASKS[name]()
+    validate(config)
+    note = inspect.getdoc(TASKS[name]).splitlines()
+    assert note[0].endswith(".")
+    assert f"python experiments/main.py --config={name}" in note
+
+
+def test_the_papers_tasks_differ_only_where_the_paper_says():
+    def difference(name):
+        base, task = to_dict(Config()), to_dict(TASKS[name]())
+        return {field: value for field, value in task.items() if value != base[field]}
+
+    assert difference("cifar10_dir01") == {}
+    assert difference("cifar10_dir03") == {"concentration": 0.3}
+    assert difference("cifar10_tau8") == {"partition": "label_skew", "tau": 8}
+    assert difference("cifar10_tau4") == {"partition": "label_skew"}
+    assert difference("cifar100_dir01") == {"dataset": "cifar100"}
+    assert difference("mnist_dir01") == {"dataset": "mnist", "augment": []}
+
+
+def test_every_field_has_help_of_one_line():
+    for field in dataclasses.fields(Config):
+        assert field.metadata["help"]
+        assert "\n" not in field.metadata["help"]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_config_survives_json(name):
+    config = dataclasses.replace(TASKS[name](), options={"M": 3, "betas": (0.5, 0.999), "clip": None})
+    plain = json.loads(json.dumps(to_dict(config)))
+    assert plain == to_dict(config)
+    assert from_dict(plain) == config
+
+
+def test_a_record_of_another_version_is_named():
+    plain = to_dict(Config())
+    with pytest.raises(UsageError, match="no config field 'round'; did you mean 'rounds'"):
+        from_dict(plain | {"round": 3})
+    del plain["rounds"], plain["seed"]
+    with pytest.raises(UsageError, match="the config lacks rounds, seed"):
+        from_dict(plain)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cohort": 101}, "config.cohort is 101, but there are only 100 clients"),
+        ({"rounds": 0}, "config.rounds is 0; it must be at least 1"),
+        ({"eval_every": -1}, "config.eval_every is -1; it must be at least 0"),
+        ({"at_once": -2}, "config.at_once is -2; it must be at least -1"),
+        ({"concentration": 0.0}, "config.concentration is 0.0; it must be positive"),
+        ({"concentration": float("nan")}, "config.concentration is nan"),
+        ({"concentration": float("inf")}, "config.concentration is inf"),
+        ({"seed": 2**32}, "config.seed is 4294967296; it must be less than"),
+        ({"partition": "dirichlett"}, "no choice 'dirichlett'; did you mean 'dirichlet'"),
+        ({"stem": 3}, "config.stem: no choice '3'; there are: 1, 2"),
+        ({"augment": ("flip", "flip")}, "names an augmentation twice"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_one_line(change, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        validate(dataclasses.replace(Config(), **change))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_bounds_themselves_are_allowed():
+    validate(dataclasses.replace(Config(), clients=1, cohort=1, rounds=1, at_once=0, devices=0))
+    validate(dataclasses.replace(Config(), seed=2**32 - 1))
+    validate(dataclasses.replace(Config(), concentration=0.001, eval_every=0, adapt_every=0, augment=()))
+
+
+def test_nearest_offers_what_was_probably_meant():
+    assert nearest("task", "digits_1", TASKS).startswith("no task 'digits_1'; did you mean 'digits_dir01'")
+    assert "'cifar10_dir01'" in nearest("task", "cifar10_dirO1", TASKS).split("there are")[0]
+    assert nearest("option", "m", ["M", "eta"]) == "no option 'm'; did you mean 'M'? there are: M, eta"
+    assert nearest("option", "xyz", ["M", "eta"]) == "no option 'xyz'; there are: M, eta"
+    assert nearest("option", "M", []) == "no option 'M'; there are: none"
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "value"),
+    [
+        ("7", int, 7),
+        ("-1", int, -1),
+        ("1e-3", float, 0.001),
+        ("True", bool, True),
+        ("0", bool, False),
+        ("a b", str, "a b"),
+        ("2", Literal[1, 2], 2),
+        ("none", int | None, None),
+        ("none", str | None, None),
+        ("4", int | None, 4),
+        ("", tuple[str, ...], ()),
+        ("crop, flip", tuple[str, ...], ("crop", "flip")),
+        ("0.5,0.999", tuple[float, float], (0.5, 0.999)),
+    ],
+)
+def test_text_becomes_the_value_it_names(text, kind, value):
+    parsed = parse_value(text, kind)
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "wanted"),
+    [
+        ("1.5", int, "'1.5' is not a whole number"),
+        ("x", float, "'x' is not a number"),
+        ("maybe", bool, "'maybe' is not true or false"),
+        ("x", int | None, "'x' is not a whole number or none"),
+        ("1", tuple[float, float], r"'1' is not \(a number, a number\)"),
+        ("1,x", tuple[int, ...], "'x' is not a whole number"),
+        ("3", Literal[1, 2], "no choice '3'; there are: 1, 2"),
+    ],
+)
+def test_text_of_another_type_says_which_was_wanted(text, kind, wanted):
+    with pytest.raises(UsageError, match=wanted):
+        parse_value(text, kind)
+
+
+def test_the_knobs_of_a_method_are_its_keyword_arguments_that_text_can_set():
+    knobs = option_types(method)
+    assert list(knobs) == ["M", "eta", "clip", "order", "warm", "betas", "prune"]
+    assert knobs["M"] == (int, 1)
+    assert knobs["warm"] == (float, 0.05)  # not annotated: the default's type
+
+
+def test_options_are_typed_from_the_signature():
+    texts = {"M": "3", "eta": "1", "clip": "none", "order": "2", "warm": "0", "betas": "0,1"}
+    texts["prune"] = "false"
+    values = parse_options(method, texts)
+    assert values == {
+        "M": 3, "eta": 1.0, "clip": None, "order": 2, "warm": 0.0, "betas": (0.0, 1.0), "prune": False,
+    }  # fmt: skip
+    assert isinstance(values["eta"], float)
+    assert parse_options(method, {}) == {}
+
+
+def test_a_wrong_option_is_answered_with_the_right_ones():
+    with pytest.raises(UsageError, match="no method option 'm'; did you mean 'M'. there are: M, eta, clip"):
+        parse_options(method, {"m": "3"})
+    with pytest.raises(UsageError, match="config.options.M: '1.5' is not a whole number"):
+        parse_options(method, {"M": "1.5"})

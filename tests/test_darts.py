@@ -1,0 +1,298 @@
+"""The DARTS supernet: known counts, a naive second implementation, smaller programs for pruned searches."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from fedmetanas_jax.models import cell as cells
+from fedmetanas_jax.models.darts import carry_over, darts, full_plan, multiply_adds
+
+LENGTH, NODES = 3, 2  # cells: normal, reduction, reduction
+EDGES = 5
+REDUCTIONS = (1, 2)
+SHAPE, CLASSES, BATCH = (8, 8, 2), 3, 4
+MEAN, STD = (0.5, 0.25), (0.25, 0.5)  # exact in float32
+
+# Compile time is most of a test's time here, and the machine code need not be fast.
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def small(plan=None, dtype=jnp.float64):
+    """Three cells of two nodes, on 8 x 8 images of two channels."""
+    return darts(
+        shape=SHAPE, classes=CLASSES, mean=MEAN, std=STD, width=4, length=LENGTH, nodes=NODES, plan=plan, dtype=dtype
+    )  # fmt: skip
+
+
+def full_size(shape, classes, plan=None):
+    """The network of methods section 12.1: C = 16, 8 cells, 4 nodes."""
+    one = (0.5,) * shape[2]
+    return darts(shape=shape, classes=classes, mean=one, std=one, plan=plan)
+
+
+def shapes(net):
+    return jax.eval_shape(net.init, jax.random.key(0))
+
+
+def count(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+# --- Counts (methods section 12.1) --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cifar10():
+    net = full_size((32, 32, 3), 10)
+    return net, *shapes(net)
+
+
+def test_cifar10_counts_by_part(cifar10):
+    net, params, stats = cifar10
+    stem = sum(params[name].size for name in ("stem", "stem_scale", "stem_shift"))
+    head = sum(params[name].size for name in ("head_kernel", "head_bias"))
+    parts = [count(params[f"cell_{i}"]) for i in range(8)]
+    assert (stem, head) == (1_392, 2_570)
+    assert parts == [45_888, 46_144, 144_000, 137_856, 139_904, 484_608, 460_032, 468_224]
+    assert count(params) == 1_930_618
+    assert count(stats) == 74_592
+    assert round(net.macs / 1e6, 2) == 300.26
+
+
+@pytest.mark.parametrize(
+    ("shape", "classes", "params", "mmacs"),
+    [((32, 32, 3), 100, 1_953_748, 300.28), ((28, 28, 1), 10, 1_929_754, 229.21)],
+    ids=["cifar100", "mnist"],
+)
+def test_counts_of_other_tasks(shape, classes, params, mmacs):
+    net = full_size(shape, classes)
+    sizes = shapes(net)
+    assert (count(sizes[0]), count(sizes[1])) == (params, 74_592)
+    assert round(net.macs / 1e6, 2) == mmacs
+
+
+def test_number_of_convolutions_and_norms(cifar10):
+    """Each row of a stack of weights is a convolution, each row of a stack of means a batch norm."""
+    _, params, stats = cifar10
+    convolutions = norms = 1  # the stem's
+    for i in range(8):
+        for name, block in params[f"cell_{i}"].items():
+            rows = [1 if name.startswith("preprocess") else leaf.shape[0] for leaf in block.values()]
+            convolutions += sum(rows)
+        for name, block in stats[f"cell_{i}"].items():
+            rows = [1 if name.startswith("preprocess") else norm["mean"].shape[0] for norm in block.values()]
+            norms += sum(rows)
+    assert (convolutions, norms) == (1_395, 929)
+
+
+def plan_of(*genotype):
+    """Plan of a genotype: per cell type and node, (operation, input) pairs."""
+    plan = []
+    for cell in genotype:
+        keep = {(i, j): (cells.OPS.index(op),) for j, node in enumerate(cell) for op, i in node}
+        plan.append(tuple(keep.get((i, j), ()) for j in range(len(cell)) for i in range(j + 2)))
+    return tuple(plan)
+
+
+SEP3, SEP5, DIL3, MAX, SKIP = "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "max_pool_3x3", "skip_connect"
+DARTS_V2 = (
+    [[(SEP3, 0), (SEP3, 1)], [(SEP3, 0), (SEP3, 1)], [(SEP3, 1), (SKIP, 0)], [(SKIP, 0), (DIL3, 2)]],
+    [[(MAX, 0), (MAX, 1)], [(SKIP, 2), (MAX, 1)], [(MAX, 0), (SKIP, 2)], [(SKIP, 2), (MAX, 1)]],
+)
+
+
+@pytest.mark.parametrize(
+    ("genotype", "params", "mmacs"),
+    [
+        (DARTS_V2, 239_898, 43.4),
+        (([[(SEP5, 0), (SEP5, 1)]] * 4,) * 2, 481_402, 81.9),
+        (([[(SKIP, 0), (SKIP, 1)]] * 4,) * 2, 140_410, 24.7),
+    ],
+    ids=["DARTS_V2", "sep5x5", "skip"],
+)
+def test_counts_of_discrete_networks(genotype, params, mmacs):
+    net = full_size((32, 32, 3), 10, plan_of(*genotype))
+    assert count(shapes(net)[0]) == params
+    assert round(net.macs / 1e6, 1) == mmacs
+
+
+def test_multiply_adds_by_hand():
+    """One cell (a reduction) of one node, 2 x 2 grey image, width 1, the identity's halving on edge 0.
+
+    Stem 9 * 3 * 4 = 108; two preprocessing 1x1 from 3 to 2 channels at 4 pixels = 48; two 1x1 from 2 to 1
+    channel at 1 pixel = 4; head from 2 features to 5 classes = 10.
+    """
+    skip = cells.OPS.index(SKIP)
+    assert multiply_adds((2, 2, 1), 5, 1, 1, 1, (((), ()), ((skip,), ()))) == 108 + 48 + 4 + 10
+
+
+@pytest.mark.parametrize("shape", [(30, 32, 3), (32, 30, 3), (7, 7, 1)])
+def test_image_that_cannot_be_halved(shape):
+    with pytest.raises(ValueError, match=f"multiples of 4; they are {shape[0]} x {shape[1]}"):
+        full_size(shape, 10)
+
+
+# --- A naive second implementation of methods section 3, [N, C, H, W] -----------------------------------
+
+
+def conv(x, kernel, stride=1, dilation=1, groups=1):
+    pad = dilation * (kernel.shape[-1] - 1) // 2
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), ((pad, pad), (pad, pad)), rhs_dilation=(dilation, dilation),
+        dimension_numbers=("NCHW", "OIHW", "NCHW"), feature_group_count=groups,
+    )  # fmt: skip
+
+
+def conv1x1(x, kernel, stride=1):
+    return conv(x, kernel[:, :, None, None], stride)
+
+
+def pool(x, start, operation, stride):
+    return lax.reduce_window(
+        x, start, operation, (1, 1, 3, 3), (1, 1, stride, stride), ((0, 0), (0, 0), (1, 1), (1, 1))
+    )
+
+
+def batch_norm(x, given, train):
+    """Returns (y, the moments that running averages take)."""
+    mean, variance, moments = given["mean"], given["var"], given
+    if train:
+        mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3))
+        n = x[:, 0].size
+        moments = {"mean": mean, "var": variance * n / (n - 1)}
+    wide = (slice(None), None, None)
+    return (x - mean[wide]) / jnp.sqrt(variance[wide] + 1e-5), moments
+
+
+def halving(x, weights):
+    x = jax.nn.relu(x)
+    return jnp.concatenate([conv1x1(x, weights["even"], 2), conv1x1(x[:, :, 1:, 1:], weights["odd"], 2)], 1)
+
+
+def depthwise_pointwise(x, depthwise, pointwise, stride, dilation):
+    x = conv(jax.nn.relu(x), depthwise[:, None], stride, dilation, groups=x.shape[1])
+    return conv1x1(x, pointwise)
+
+
+def operation(op, x, w, s, stride, train):
+    """One candidate operation with weights w and statistics s; (y, moments by norm)."""
+    if op == "none":
+        return jnp.zeros_like(x[:, :, ::stride, ::stride]), {}
+    if op == "skip_connect" and stride == 1:
+        return x, {}
+    if op == "max_pool_3x3":
+        y = pool(x, -jnp.inf, lax.max, stride)
+    elif op == "avg_pool_3x3":
+        y = pool(x, 0.0, lax.add, stride) / pool(jnp.ones_like(x), 0.0, lax.add, stride)
+    elif op == "skip_connect":
+        y = halving(x, w)
+    else:
+        y = depthwise_pointwise(x, w["depthwise"], w["pointwise"], stride, 2 if op.startswith("dil") else 1)
+    y, moments = batch_norm(y, s["norm"], train)
+    found = {"norm": moments}
+    if op.startswith("sep"):
+        y = depthwise_pointwise(y, w["depthwise_2"], w["pointwise_2"], 1, 1)
+        y, found["norm_2"] = batch_norm(y, s["norm_2"], train)
+    return y, found
+
+
+def naive_cell(s0, s1, params, stats, mix, reduce, halve, train):
+    first = halving(s0, params["preprocess_0"]) if halve else conv1x1(
+        jax.nn.relu(s0), params["preprocess_0"]["pointwise"]
+    )  # fmt: skip
+    second = conv1x1(jax.nn.relu(s1), params["preprocess_1"]["pointwise"])
+    states, found = [], {}
+    for name, x in (("preprocess_0", first), ("preprocess_1", second)):
+        y, moments = batch_norm(x, stats[name]["norm"], train)
+        states.append(y)
+        found[name] = {"norm": moments}
+    collected = {op: [] for op in cells.OPS}
+    for j in range(NODES):
+        node = 0.0
+        for i in range(j + 2):
+            edge = j * (j + 3) // 2 + i
+            stride = 2 if reduce and i < 2 else 1
+            for k, op in enumerate(cells.OPS):
+                row = len(collected[op])  # how many edges before this one have weights or norms
+                w, s = (jax.tree.map(lambda leaf, row=row: leaf[row], tree.get(op, {})) for tree in (params, stats))
+                y, moments = operation(op, states[i], w, s, stride, train)
+                node = node + mix[edge, k] * y
+                collected[op] += [moments] if moments else []
+        states.append(node)
+    for op, rows in collected.items():
+        if rows:
+            found[op] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+    return jnp.concatenate(states[2:], 1), found
+
+
+def naive(params, stats, image, mix, train):
+    """The supernet on plain convolutions, one loop over cells, nodes, inputs and operations."""
+    x = ((image / np.float32(255) - np.float32(MEAN)) / np.float32(STD)).transpose(0, 3, 1, 2)
+    x, moments = batch_norm(conv(x.astype(jnp.float64), params["stem"]), stats["stem_norm"], train)
+    found = {"stem_norm": moments}
+    s0 = s1 = params["stem_scale"][:, None, None] * x + params["stem_shift"][:, None, None]
+    for i in range(LENGTH):
+        name, reduce = f"cell_{i}", i in REDUCTIONS
+        arguments = params[name], stats[name], mix[int(reduce)], reduce, i - 1 in REDUCTIONS, train
+        (s0, s1), found[name] = (s1, (out := naive_cell(s0, s1, *arguments))[0]), out[1]
+    return s1.mean((2, 3)) @ params["head_kernel"].T + params["head_bias"], found
+
+
+# --- What is compared -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def double():
+    """float64 for the time of one test."""
+    with jax.enable_x64(True):
+        yield
+
+
+def derivatives(apply, train):
+    """(params, stats, image, mix) -> logits, stats, gradients of a curved loss by params and mix."""
+
+    def loss(trained, stats, image):
+        logits, stats = apply(trained[0], stats, image, trained[1], train)
+        return jnp.sum(jnp.sin(2 * logits + jnp.arange(CLASSES))), (logits, stats)
+
+    def run(params, stats, image, mix):
+        grads, (logits, found) = jax.grad(loss, has_aux=True)((params, mix), stats, image)
+        return logits, found, *grads
+
+    return run
+
+
+def example(seed, dtype=np.float64):
+    """Weights, statistics, images and mix without zeros, ones or anything else special in them."""
+    rng = np.random.default_rng(seed)
+    params, stats = jax.tree.map(lambda leaf: np.zeros(leaf.shape), shapes(small()))
+    params = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(dtype), params)
+    stats = jax.tree.map(lambda leaf: rng.uniform(0.5, 2, leaf.shape).astype(dtype), stats)
+    image = rng.integers(0, 256, (BATCH, *SHAPE)).astype(np.uint8)
+    return params, stats, image, rng.uniform(0.1, 1, (2, EDGES, len(cells.OPS))).astype(dtype)
+
+
+@pytest.fixture(scope="module")
+def full():
+    """train -> compiled `derivatives` of the full small network."""
+    net = small()
+    return {train: jit(derivatives(net.apply, train)) for train in (True, False)}
+
+
+def assert_close(got, want, rtol=1e-7, atol=1e-9):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol, atol, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_same_function_as_the_naive_network(full, train):
+    arguments = example(0)
+    got = full[train](*arguments)
+    assert got[0].dtype == jnp.float64
+    assert_close(got, jit(derivatives(naive, train))(*arguments))

@@ -1,0 +1,132 @@
+"""FedAvg, recomputed by hand on softmax regression."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from toy_model import close, examples, model_loss, same, toy_model, unchanged
+
+from fedmetanas_jax import local, tree
+from fedmetanas_jax.algorithms import ALGORITHMS
+from fedmetanas_jax.algorithms.fedavg import fedavg
+from fedmetanas_jax.core import Setting
+
+KEY = jax.random.key(7)
+MODEL = toy_model(hidden=4, centred=True)
+
+
+def method(epochs=3, batch=6, model=MODEL, **options):
+    algorithm = fedavg(model, Setting(rounds=10, epochs=epochs, batch=batch, augment=unchanged), **options)
+    return algorithm._replace(
+        client_update=jax.jit(algorithm.client_update), personalize=jax.jit(algorithm.personalize)
+    )
+
+
+def train_by_hand(params, stats, data, optimizer, steps):
+    """Full-batch steps, whose order of rows does not matter."""
+
+    @jax.jit
+    def step(params, stats, state):
+        grads, (moments, _) = jax.grad(model_loss(MODEL), has_aux=True)(params, stats, data, KEY)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), tree.lerp(stats, moments, MODEL.momentum), state
+
+    state = optimizer.init(params)
+    for _ in range(steps):
+        params, stats, state = step(params, stats, state)
+    return params, stats
+
+
+def test_it_is_listed():
+    assert ALGORITHMS["fedavg"] is fedavg
+
+
+@pytest.mark.parametrize("round", [0, 5])
+def test_one_client_is_sgd_at_the_rounds_rate(round):
+    algorithm, data = method(lr=0.3, lr_end=0.1, clip=0.2), examples(6)
+    server, client = algorithm.init(jax.random.key(1))
+    server = server._replace(round=jnp.int32(round))
+    sent = algorithm.client_update(server, client, data, KEY)
+    rate = {0: 0.3, 5: 0.2}[round]  # half-way along the cosine at round 5 of 10
+    expected = train_by_hand(server.params, server.stats, data, local.sgd(rate, 0.9, 3e-4, 0.2), 3)
+    close(sent.update, expected)
+    assert sent.weight == 6
+    mean = tree.weighted_mean(jax.tree.map(lambda x: x[None], sent.update), sent.weight[None])
+    after = algorithm.server_update(server, mean)
+    close((after.params, after.stats), expected)
+    assert after.round == round + 1
+
+
+def test_momentum_starts_afresh_every_round():
+    algorithm, data = method(epochs=1, lr=0.1, lr_end=0.1), examples(6)
+    server, client = algorithm.init(jax.random.key(1))
+    for _ in range(2):
+        server = algorithm.server_update(server, algorithm.client_update(server, client, data, KEY).update)
+    start, _ = algorithm.init(jax.random.key(1))
+    optimizer = local.sgd(0.1, 0.9, 3e-4)
+    once = train_by_hand(start.params, start.stats, data, optimizer, 1)
+    close((server.params, server.stats), train_by_hand(*once, data, optimizer, 1))
+
+
+def test_clients_of_unequal_size_weigh_by_their_rows():
+    algorithm = method()
+    server, client = algorithm.init(jax.random.key(1))
+    sizes = [2, 6, 4]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *(examples(6, size, seed=size) for size in sizes))
+    sent = jax.vmap(algorithm.client_update, (None, None, 0, None))(server, client, stacked, KEY)
+    assert sent.weight.tolist() == sizes
+    assert sent.metrics["image_gradients"].tolist() == [3 * size for size in sizes]
+    after = algorithm.server_update(server, tree.weighted_mean(sent.update, sent.weight))
+    by_hand = jax.tree.map(lambda x: (2 * x[0] + 6 * x[1] + 4 * x[2]) / 12, sent.update)
+    close((after.params, after.stats), by_hand)
+
+
+def test_the_mean_of_identical_clients_is_that_client():
+    algorithm, data = method(), examples(6)
+    server, client = algorithm.init(jax.random.key(1))
+    sent = algorithm.client_update(server, client, data, KEY)
+    stacked = jax.tree.map(lambda x: jnp.stack([x] * 5), sent)
+    close(tree.weighted_mean(stacked.update, stacked.weight), sent.update)  # running statistics included
+
+
+def test_a_client_without_rows_returns_what_it_was_sent():
+    algorithm = method()
+    server, client = algorithm.init(jax.random.key(1))
+    sent = algorithm.client_update(server, client, examples(6)._replace(weight=jnp.zeros(6)), KEY)
+    same(sent.update, algorithm.broadcast(server))
+    assert sent.weight == 0
+
+
+def test_personalize_is_local_sgd_from_the_global_model():
+    data = examples(6)
+    algorithm = method(lr=0.2, lr_end=0.2, finetune_epochs=2)
+    server, client = algorithm.init(jax.random.key(1))
+    net = algorithm.personalize(server, client, data, KEY)
+    expected = train_by_hand(server.params, server.stats, data, local.sgd(0.2, 0.9, 3e-4), 2)
+    close((net.params, net.stats), expected)
+    same(method(finetune_epochs=0).personalize(server, client, data, KEY), algorithm.global_model(server))
+
+
+def test_forward_serves_with_running_statistics():
+    algorithm, data = method(), examples(6)
+    server, _ = algorithm.init(jax.random.key(1))
+    net = algorithm.global_model(server)
+    together, stats = algorithm.forward(net, data.image, False)
+    alone, _ = algorithm.forward(net, data.image[:1], False)
+    close(together[:1], alone)  # independent of the rest of the batch
+    same(stats, server.stats)
+    _, moments = algorithm.forward(net, data.image, True)
+    np.testing.assert_allclose(moments["mean"], np.mean(np.asarray(data.image), 0).ravel() / 255, rtol=1e-5)
+
+
+def test_loss_falls_over_rounds():
+    algorithm, data = method(batch=3), examples(6)
+    server, client = algorithm.init(jax.random.key(1))
+    losses = []
+    for round in range(8):
+        sent = algorithm.client_update(server, client, data, jax.random.fold_in(KEY, round))
+        server = algorithm.server_update(server, sent.update)
+        losses.append(float(sent.metrics["loss"]))
+    assert losses[-1] < 0.8 * losses[0]
+    assert algorithm.client_update._cache_size() == 1  # the schedule does not recompile

@@ -1,0 +1,264 @@
+"""Laws of a client's batches, tasks, optimizer and local epochs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from toy_model import close, examples, model_loss, same, toy_model, unchanged
+
+from fedmetanas_jax import local, tree
+
+KEY = jax.random.key(7)
+
+
+def prefix(n, size):
+    return (jnp.arange(n) < size).astype(jnp.float32)
+
+
+def fit(data, *, model=None, optimizer=None, batch=4, epochs=2, augment=unchanged):
+    model = model or toy_model()
+    start, stats = model.init(jax.random.key(1))
+    options = dict(batch=batch, epochs=epochs, augment=augment, momentum=model.momentum)
+    optimizer = optimizer or optax.sgd(0.1)
+
+    @jax.jit
+    def run(data):
+        return local.fit(model_loss(model), optimizer, start, stats, data, KEY, **options)
+
+    return run(data)
+
+
+@pytest.mark.parametrize(("n", "size", "batch"), [(8, 8, 4), (10, 10, 4), (10, 7, 4), (10, 2, 4), (3, 3, 8)])
+def test_an_epoch_has_every_real_row_once(n, size, batch):
+    rows, weight = local.epoch_batches(KEY, prefix(n, size), batch)
+    assert rows.shape == weight.shape == (-(-n // batch), batch)
+    assert sorted(rows[weight == 1].tolist()) == list(range(size))
+    assert set(np.unique(weight)) <= {0.0, 1.0}
+    assert rows.max() < size  # what fills a batch is a real row too
+
+
+def test_the_real_rows_need_not_come_first():
+    weight = jnp.array([0.0, 1, 0, 1, 1, 0])
+    rows, chosen = local.epoch_batches(KEY, weight, 4)
+    assert sorted(rows[chosen == 1].tolist()) == [1, 3, 4]
+    assert set(rows.ravel().tolist()) == {1, 3, 4}
+
+
+def test_only_steps_past_the_clients_size_are_empty():
+    _, weight = local.epoch_batches(KEY, prefix(10, 5), 4)
+    assert weight.sum(axis=1).tolist() == [4, 1, 0]
+
+
+def test_epochs_are_shuffled_afresh_and_by_key():
+    rows, weight = local.all_batches(KEY, prefix(12, 12), 4, 3)
+    assert rows.shape == weight.shape == (9, 4)
+    first, second = rows[:3].ravel(), rows[3:6].ravel()
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(12))
+    assert first.tolist() != second.tolist()
+    same(rows, local.all_batches(KEY, prefix(12, 12), 4, 3)[0])
+    assert rows.tolist() != local.all_batches(jax.random.key(8), prefix(12, 12), 4, 3)[0].tolist()
+
+
+def test_pairs_are_disjoint_and_drop_the_rest():
+    rows, valid = local.epoch_tasks(KEY, prefix(600, 600), 32)
+    assert rows.shape == (9, 2, 32)
+    assert valid.all()
+    assert len(set(rows.ravel().tolist())) == 9 * 64
+
+
+def test_a_task_is_valid_only_if_all_its_rows_are_real():
+    rows, valid = local.epoch_tasks(KEY, prefix(30, 21), 4)
+    assert valid.tolist() == [True, True, False]  # 8 rows a task, 21 // 8 = 2
+    assert set(rows[:2].ravel().tolist()) <= set(range(21))
+
+
+def test_one_task_an_epoch():
+    rows, valid = local.all_tasks(KEY, prefix(30, 30), 4, 5, "one")
+    assert rows.shape == (5, 2, 4)
+    assert valid.all()
+    assert all(len(set(task.ravel().tolist())) == 8 for task in rows)
+
+
+def test_split_keeps_its_halves_in_every_epoch():
+    rows, valid = local.all_tasks(KEY, prefix(25, 22), 4, 6, "split")
+    assert rows.shape == (6 * 3, 2, 4)
+    support, query = (set(rows[valid][:, i].ravel().tolist()) for i in (0, 1))
+    assert support == set(range(0, 22, 2))
+    assert query == set(range(1, 22, 2))
+    assert valid.reshape(6, 3).tolist() == [[True, True, False]] * 6  # 11 real rows a half
+
+
+def test_tasks_that_cannot_be_made_are_refused():
+    with pytest.raises(ValueError, match="2 batches of 16 rows but no client has more than 20"):
+        local.epoch_tasks(KEY, prefix(20, 20), 16)
+    with pytest.raises(ValueError, match="'pair'; there are pairs, one, split"):
+        local.epoch_tasks(KEY, prefix(20, 20), 4, "pair")
+
+
+def test_cross_entropy_and_accuracy_by_hand():
+    logits = jnp.log(jnp.array([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]], jnp.bfloat16))
+    exact = jnp.log(jnp.array([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]]))
+    label, weight = jnp.array([0, 0, 2]), jnp.array([1.0, 1.0, 0.0])
+    np.testing.assert_allclose(
+        local.cross_entropy(exact, label, weight), (np.log(2) + np.log(10)) / 2, rtol=1e-6
+    )
+    assert local.cross_entropy(logits, label, weight).dtype == jnp.float32
+    assert local.accuracy(exact, label, weight) == 0.5
+    assert local.cross_entropy(exact, label, jnp.zeros(3)) == 0
+    assert local.accuracy(exact, label, jnp.zeros(3)) == 0
+
+
+def test_sgd_clips_then_decays_then_adds_momentum():
+    params, grads = {"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([3.0, 4.0])}
+    optimizer = local.sgd(0.1, momentum=0.5, weight_decay=0.2, clip=1.0)
+    state = optimizer.init(params)
+    first, state = optimizer.update(grads, state, params)
+    # (3, 4) / 5 + 0.2 (1, 2) = (0.8, 1.2)
+    np.testing.assert_allclose(first["w"], [-0.08, -0.12], rtol=1e-6)
+    second, _ = optimizer.update(grads, state, params)
+    np.testing.assert_allclose(second["w"], [-0.12, -0.18], rtol=1e-6)
+
+
+def test_sgd_takes_a_traced_rate():
+    params = jnp.array([1.0])
+
+    @jax.jit
+    def step(lr):
+        optimizer = local.sgd(lr)
+        return optimizer.update(jnp.array([2.0]), optimizer.init(params), params)[0]
+
+    np.testing.assert_allclose([step(0.5)[0], step(0.25)[0]], [-1.0, -0.5])
+    assert step._cache_size() == 1
+
+
+def test_cosine_end_points():
+    lr = jax.jit(local.cosine(100, 0.025, 0.001))
+    np.testing.assert_allclose([lr(0), lr(50), lr(100), lr(140)], [0.025, 0.013, 0.001, 0.001], rtol=1e-5)
+
+
+def test_only_the_selected_leaves_move():
+    params = {"body": {"kernel": jnp.ones(2), "bias": jnp.ones(1)}, "head": {"kernel": jnp.ones(3)}}
+    seen = []
+
+    def selected(path):
+        seen.append(path)
+        return path.startswith("head/")
+
+    optimizer = local.only(selected, local.sgd(1.0, momentum=0.9, weight_decay=0.5, clip=1.0))
+    state = optimizer.init(params)
+    grads = {"body": tree.scale(params["body"], 100.0), "head": {"kernel": jnp.array([0.6, 0.0, 0.8])}}
+    updates, _ = optimizer.update(grads, state, params)
+    assert set(seen) == {"body/kernel", "body/bias", "head/kernel"}
+    same(updates["body"], tree.zeros_like(params["body"]))
+    # Norm 1 over the head alone: the clip leaves it, the decay adds 0.5.
+    np.testing.assert_allclose(updates["head"]["kernel"], [-1.1, -0.5, -1.3], rtol=1e-6)
+
+
+def test_one_batch_is_one_optimizer_step():
+    model, data = toy_model(hidden=5, centred=True), examples(6)
+    params, stats = model.init(jax.random.key(1))
+    optimizer = local.sgd(0.1, 0.9, 1e-2, 0.5)
+
+    @jax.jit
+    def step(params):
+        gradient = jax.value_and_grad(model_loss(model), has_aux=True)
+        (value, (moments, _)), grads = gradient(params, stats, data, KEY)
+        updates, _ = optimizer.update(grads, optimizer.init(params), params)
+        return optax.apply_updates(params, updates), moments, value
+
+    expected, moments, value = step(params)
+    fitted, fitted_stats, metrics = fit(data, model=model, optimizer=optimizer, batch=6, epochs=1)
+    close(fitted, expected)
+    close(fitted_stats, tree.scale(moments, 0.1))  # 0.9 * 0 + 0.1 * the batch's
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-6)
+    assert metrics["image_gradients"] == 6
+
+
+def test_momentum_lasts_through_the_epochs():
+    model, data = toy_model(), examples(6)
+    params, stats = model.init(jax.random.key(1))
+    optimizer = local.sgd(0.1, 0.9, 1e-2)
+    fitted, *_ = fit(data, model=model, optimizer=optimizer, batch=6, epochs=3)
+
+    @jax.jit
+    def step(params, state):
+        grads = jax.grad(model_loss(model), has_aux=True)(params, stats, data, KEY)[0]
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = optimizer.init(params)
+    for _ in range(3):
+        params, state = step(params, state)
+    close(fitted, params)
+
+
+def test_padding_never_reaches_the_weights_without_batch_statistics():
+    data = examples(10, size=6)
+    spoilt = data._replace(  # the padding's own pixels and labels are never seen
+        image=data.image.at[6:].set(255), label=data.label.at[6:].set(0)
+    )
+    same(fit(data)[0], fit(spoilt)[0])
+    # A batch that holds all 6 rows and 4 fillers steps as a batch of the 6 alone does.
+    alone = jax.tree.map(lambda x: x[:6], data)
+    close(fit(data, batch=10, epochs=3)[0], fit(alone, batch=6, epochs=3)[0])
+
+
+def test_empty_steps_change_nothing_even_with_momentum_and_decay():
+    optimizer = local.sgd(0.1, 0.9, 0.1)
+    params, stats, metrics = fit(examples(16, size=4), optimizer=optimizer, batch=4, epochs=1)
+    data = jax.tree.map(lambda x: x[:4], examples(16, size=4))
+    alone, alone_stats, alone_metrics = fit(data, optimizer=optimizer, batch=4, epochs=1)
+    close(params, alone)
+    close(stats, alone_stats)
+    close(metrics, alone_metrics)
+
+
+def test_a_client_of_padding_alone_is_the_identity():
+    model = toy_model(centred=True)
+    params, stats = model.init(jax.random.key(1))
+    data = examples(8)._replace(weight=jnp.zeros(8))
+    fitted, fitted_stats, metrics = fit(data, model=model, optimizer=local.sgd(0.1, 0.9, 0.1))
+    same((fitted, fitted_stats), (params, stats))
+    assert all(value == 0 for value in metrics.values())
+
+
+def test_no_epochs_are_the_identity():
+    params, stats = toy_model().init(jax.random.key(1))
+    same(fit(examples(8), epochs=0)[:2], (params, stats))
+
+
+def test_metrics_average_the_real_steps_alone():
+    # lr 0 and one row a step: the mean over 3 real of 8 steps is the loss of those 3 rows.
+    model, data = toy_model(), examples(8, size=3)
+    params, stats = model.init(jax.random.key(1))
+    _, _, metrics = fit(data, model=model, optimizer=optax.sgd(0.0), batch=1, epochs=1)
+    value, (_, correct) = model_loss(model)(params, stats, data, KEY)
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
+    np.testing.assert_allclose(metrics["accuracy"], correct, rtol=1e-5)
+    assert metrics["image_gradients"] == 3
+
+
+def test_augmentation_is_drawn_anew_at_every_step():
+    def augment(key, image):
+        return jnp.full_like(image, jax.random.randint(key, (), 0, 256))
+
+    # Momentum 1 makes the statistic the last batch's mean image: the last draw / 255.
+    model = toy_model(momentum=1.0)
+    means = [fit(examples(4), model=model, epochs=e, augment=augment)[1]["mean"][0] for e in (1, 2, 3)]
+    assert len({float(m) for m in means}) == 3
+
+
+def test_the_gradient_is_traced_once():
+    traces = []
+    model = toy_model()
+    inner = model_loss(model)
+
+    def loss(*args):
+        traces.append(1)
+        return inner(*args)
+
+    params, stats = model.init(jax.random.key(1))
+    run = dict(batch=4, epochs=3, augment=unchanged, momentum=0.1)
+    jax.jit(lambda d: local.fit(loss, optax.sgd(0.1), params, stats, d, KEY, **run)).lower(examples(12))
+    assert len(traces) == 1

@@ -1,0 +1,210 @@
+"""Laws of who holds which images; the numbers are those of methods section 11.1."""
+
+import json
+
+import numpy as np
+import pytest
+
+from fedmetanas_jax.data.partition import KINDS, histogram, majority_accuracy, manifest, partition
+from fedmetanas_jax.data.picture import draw
+
+
+def labels(classes, each, seed=0):
+    return np.random.default_rng(seed).permutation(np.repeat(np.arange(classes), each))
+
+
+TRAIN, TEST = labels(10, 500), labels(10, 100, 1)
+ASKED = {
+    "clients": 20, "train_size": 100, "test_size": 90, "concentration": 0.1, "tau": 4, "classes": 10, "seed": 1
+}  # fmt: skip
+
+
+def deal(kind="dirichlet", train=TRAIN, test=TEST, **changes):
+    return partition(kind, train, test, **(ASKED | changes))
+
+
+def variation(a, b):
+    """Mean total variation between rows of two histograms."""
+    a, b = a / a.sum(1, keepdims=True), b / b.sum(1, keepdims=True)
+    return float(np.abs(a - b).sum(1).mean() / 2)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "label_skew"])
+def test_every_client_has_its_distinct_images(kind):
+    parts = deal(kind)
+    for rows, size, total in ((parts.train, 100, len(TRAIN)), (parts.test, 90, len(TEST))):
+        assert len(rows) == 20
+        for own in rows:
+            assert len(np.unique(own)) == len(own) == size
+            assert 0 <= own.min() <= own.max() < total
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_partition_is_a_function_of_its_seed(kind):
+    a, b, c = (manifest(deal(kind, seed=seed), TRAIN, TEST, 10, {}) for seed in (1, 1, 2))
+    assert a == b
+    assert a["train"]["sha256"] != c["train"]["sha256"]
+    assert a["test"]["sha256"] != c["test"]["sha256"]
+
+
+@pytest.mark.parametrize("kind", ["dirichlet", "plato", "iid"])
+def test_a_client_does_not_depend_on_how_many_there_are(kind):
+    many, few = deal(kind), deal(kind, clients=3)
+    for a, b in zip(many.train[:3] + many.test[:3], few.train + few.test, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["dirichlet", "dirichlet_disjoint", "plato"])
+def test_training_and_test_images_follow_the_same_distribution(kind):
+    parts = deal(kind, labels(10, 5000), labels(10, 1000), train_size=600, test_size=600)
+    train, test = histogram(parts.train, labels(10, 5000), 10), histogram(parts.test, labels(10, 1000), 10)
+    assert variation(train, test) < 0.06  # .04 to .05 expected: 600 draws, and test classes that run out
+    assert variation(train, np.roll(test, 1, axis=0)) > 0.5  # of another client
+
+
+def test_rows_are_in_random_order():
+    parts = deal(train_size=1000, concentration=0.5)  # more than some classes have
+    first = histogram([own[:500] for own in parts.train], TRAIN, 10)
+    last = histogram([own[500:] for own in parts.train], TRAIN, 10)
+    assert variation(first, last) < 0.08
+
+
+def test_concentration_sets_the_skew():
+    train = labels(10, 5000)
+    largest = {}
+    for concentration in (0.1, 0.3, 1000.0):
+        parts = deal(train=train, clients=100, train_size=600, concentration=concentration)
+        count = histogram(parts.train, train, 10)
+        largest[concentration] = float((count.max(1) / 600).mean())
+        if concentration == 0.1:
+            assert (count > 0).sum(1).mean() == pytest.approx(4.8, abs=0.5)
+    assert largest[0.1] == pytest.approx(0.67, abs=0.04)
+    assert largest[0.3] == pytest.approx(0.47, abs=0.04)
+    assert largest[1000.0] == pytest.approx(0.12, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("kind", "concentration", "train_union", "test_union"),
+    [("plato", 0.1, 5_637, 5_485), ("plato", 0.3, 3_964, 3_758), ("dirichlet", 0.1, 35_340, 9_990)],
+)
+def test_distinct_images_in_all(kind, concentration, train_union, test_union):
+    train, test = labels(10, 5000), labels(10, 1000)
+    parts = deal(kind, train, test, clients=100, train_size=600, test_size=600, concentration=concentration)
+    assert len(np.unique(np.concatenate(parts.train))) == pytest.approx(train_union, rel=0.02)
+    assert len(np.unique(np.concatenate(parts.test))) == pytest.approx(test_union, rel=0.02)
+
+
+def test_plato_clients_take_the_first_of_one_list():
+    parts = deal("plato")
+    for c in range(10):
+        held = [set(own[TRAIN[own] == c]) for own in parts.train]
+        held.sort(key=len)
+        assert all(small <= large for small, large in zip(held, held[1:], strict=False))
+
+
+def test_disjoint_clients_share_no_training_image():
+    train = labels(10, 500)
+    parts = deal("dirichlet_disjoint", train, train_size=250)  # every image of the set
+    assert np.array_equal(np.sort(np.concatenate(parts.train)), np.arange(5000))
+    roomy = histogram(deal("dirichlet_disjoint", train_size=40).train, TRAIN, 10)
+    free = histogram(deal("dirichlet", train_size=40).train, TRAIN, 10)
+    assert variation(roomy, free) < 0.15  # the same p_k, as far as the images go
+
+
+@pytest.mark.parametrize("kind", ["dirichlet", "plato"])
+@pytest.mark.parametrize("classes", [10, 500])
+def test_tiny_concentration_ends_and_takes_one_class_first(kind, classes):
+    train, test = labels(classes, 5000 // classes), labels(classes, 1000 // classes)
+    parts = deal(kind, train, test, concentration=0.001, classes=classes)
+    count = histogram(parts.train, train, classes)
+    assert (count.sum(1) == 100).all()
+    full = count.max(1) == min(100, 5000 // classes)  # all of it, or the whole class before another
+    assert full.mean() > 0.9
+    assert len(np.unique(count.argmax(1))) > 5
+
+
+def test_a_client_may_take_every_image():
+    parts = deal(train_size=len(TRAIN), test_size=len(TEST), clients=2, concentration=0.001)
+    for own in parts.train:
+        assert np.array_equal(np.sort(own), np.arange(len(TRAIN)))
+
+
+@pytest.mark.parametrize("tau", [1, 4, 8, 10])
+def test_label_skew(tau):
+    train, test = labels(10, 5000), labels(10, 1000)
+    parts = deal("label_skew", train, test, clients=100, tau=tau)
+    for rows, of in ((parts.train, train), (parts.test, test)):
+        count = histogram(rows, of, 10)
+        assert ((count > 0).sum(1) == tau).all()
+        assert (count[np.arange(100), np.arange(100) % 10] > 0).all()
+        assert np.array_equal(np.sort(np.concatenate(rows)), np.arange(len(of)))  # all, and none twice
+        for c in range(10):
+            shares = count[count[:, c] > 0, c]
+            assert shares.max() - shares.min() <= 1
+        assert count.sum(1).mean() == len(of) / 100
+    held = [histogram(rows, of, 10) > 0 for rows, of in ((parts.train, train), (parts.test, test))]
+    assert np.array_equal(*held)
+
+
+def test_label_skew_with_fewer_clients_than_classes_leaves_images_out():
+    parts = deal("label_skew", clients=3, tau=1)
+    count = histogram(parts.train, TRAIN, 10)
+    assert np.array_equal(count, 500 * np.eye(3, 10, dtype=int))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "said"),
+    [
+        ("dirichelt", {}, "no partition 'dirichelt'; there are dirichlet, dirichlet_disjoint"),
+        ("dirichlet", {"clients": 0}, "clients is 0"),
+        ("dirichlet", {"seed": -1}, "seed is -1"),
+        ("dirichlet", {"train_size": 0}, "train_size is 0"),
+        ("dirichlet", {"train_size": 5001}, "train_size is 5001; .* at most 5000"),
+        ("iid", {"test_size": 1001}, "test_size is 1001; .* at most 1000"),
+        ("dirichlet", {"concentration": 0.0}, "concentration is 0.0"),
+        ("plato", {"concentration": -1.0}, "concentration is -1.0"),
+        ("dirichlet", {"concentration": float("nan")}, "concentration is nan"),
+        ("dirichlet", {"concentration": float("inf")}, "concentration is inf"),
+        ("plato", {"seed": 0}, "seed is 0"),
+        ("dirichlet_disjoint", {"train_size": 251}, "is 251; .* at most 250"),
+        ("label_skew", {"tau": 0}, "tau is 0"),
+        ("label_skew", {"tau": 11}, "tau is 11; with 10 classes"),
+        ("label_skew", {"clients": 2000, "tau": 1}, "without test images"),
+    ],
+)
+def test_the_impossible_is_refused(kind, changes, said):
+    with pytest.raises(ValueError, match=said) as caught:
+        deal(kind, **changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_histogram_and_majority_by_hand():
+    train, test = np.array([0, 0, 1, 1, 2]), np.array([0, 1, 1, 2])
+    rows = [np.array([0, 1, 2]), np.array([2, 3, 4])]
+    count = histogram(rows, train, 3)
+    assert count.tolist() == [[2, 1, 0], [0, 2, 1]]
+    held = histogram([np.array([0, 1]), np.array([1, 2, 3])], test, 3)
+    assert held.tolist() == [[1, 1, 0], [0, 2, 1]]
+    assert majority_accuracy(count, held) == pytest.approx((1 / 2 + 2 / 3) / 2)
+
+
+def test_manifest_is_json_and_its_hash_is_of_the_rows():
+    parts = deal()
+    record = manifest(parts, TRAIN, TEST, 10, {"kind": "dirichlet", "seed": 1})
+    assert json.loads(json.dumps(record)) == record
+    assert record["parameters"] == {"kind": "dirichlet", "seed": 1}
+    assert record["train"]["sizes"] == [100] * 20
+    assert np.sum(record["test"]["histogram"]) == 20 * 90
+    # The same images in other hands, or in another order, are another partition.
+    moved = parts._replace(train=[np.append(parts.train[0], parts.train[1][0]), parts.train[1][1:], *parts.train[2:]])
+    turned = parts._replace(train=[parts.train[0][::-1], *parts.train[1:]])
+    for other in (moved, turned):
+        found = manifest(other, TRAIN, TEST, 10, {})
+        assert found["train"]["sha256"] != record["train"]["sha256"]
+        assert found["test"]["sha256"] == record["test"]["sha256"]
+
+
+@pytest.mark.parametrize("classes", [3, 100])
+def test_picture_is_written(tmp_path, classes):
+    draw(np.ones((7, classes), int), tuple(f"class {c}" for c in range(classes)), tmp_path / "partition.png")
+    assert (tmp_path / "partition.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,180 @@
+"""Record files survive torn lines, and a workdir belongs to one config and one process at a time."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedmetanas_jax.engine import records
+from fedmetanas_jax.engine.records import WorkdirError, claim
+
+CONFIG = {"seed": 0, "dims": (8, 9), "options": {"M": 1, "xi": 0.1}}
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "records.jsonl"
+    for number in (1, 2, 3):
+        records.append(path, {"round": number, "loss": 1 / number})
+    return path
+
+
+def tear(path):
+    with open(path, "ab") as file:
+        file.write(b'{"round": 4, "lo')
+
+
+def test_records_come_back_in_order(path):
+    assert records.read(path) == [{"round": n, "loss": 1 / n} for n in (1, 2, 3)]
+    assert path.read_text().count("\n") == 3
+
+
+def test_no_file_is_no_records(tmp_path):
+    assert records.read(tmp_path / "none") == []
+    assert records.truncate(tmp_path / "none", 5) == []
+
+
+def test_array_numbers_are_plain_and_what_is_no_number_is_null(tmp_path):
+    record = {
+        "round": np.int64(1),
+        "loss": jnp.float32(0.5),
+        "each": jnp.array([1.0, jnp.nan]),
+        "nested": {"a": [float("inf"), (True, None, "x")]},
+    }
+    records.append(tmp_path / "r", record)
+    want = {"round": 1, "loss": 0.5, "each": [1.0, None], "nested": {"a": [None, [True, None, "x"]]}}
+    assert records.read(tmp_path / "r") == [want]
+
+
+def test_a_value_json_does_not_know_is_refused_and_leaves_the_file_whole(path):
+    with pytest.raises(TypeError):
+        records.append(path, {"round": 4, "what": {1, 2}})
+    assert len(records.read(path)) == 3
+
+
+def test_a_torn_last_line_is_left_out(path):
+    tear(path)
+    assert [r["round"] for r in records.read(path)] == [1, 2, 3]
+
+
+def test_an_altered_earlier_line_is_named(path):
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], lines[1][:7], lines[2]]) + "\n")
+    with pytest.raises(WorkdirError, match="line 2"):
+        records.read(path)
+
+
+def test_truncate_keeps_the_first_rounds_and_mends_the_file(path):
+    tear(path)
+    kept = records.truncate(path, 2)
+    assert [r["round"] for r in kept] == [1, 2]
+    records.append(path, {"round": 3})
+    assert [r["round"] for r in records.read(path)] == [1, 2, 3]
+
+
+def test_a_failed_write_leaves_the_old_file(path, monkeypatch):
+    before = path.read_bytes()
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        records.truncate(path, 1)
+    assert path.read_bytes() == before
+
+
+def test_versions_name_what_numbers_depend_on():
+    versions = records.versions()
+    for name in ("python", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "fedmetanas_jax"):
+        assert isinstance(versions[name], str)
+    assert versions["devices"] >= 1
+    assert json.loads(json.dumps(versions)) == versions
+
+
+def test_an_equal_config_resumes(tmp_path):
+    claim(tmp_path / "a" / "b", CONFIG, pytest.fail).close()
+    claim(tmp_path / "a" / "b", CONFIG, pytest.fail).close()
+    content = json.loads((tmp_path / "a" / "b" / "config.json").read_text())
+    assert content["config"] == {"seed": 0, "dims": [8, 9], "options": {"M": 1, "xi": 0.1}}
+    assert content["versions"] == records.versions()
+
+
+def test_another_config_is_refused_with_the_fields_and_both_values(tmp_path):
+    claim(tmp_path, CONFIG, pytest.fail).close()
+    other = {"seed": 1, "dims": (8, 9), "options": {"M": 2, "tau": 5.0}}
+    with pytest.raises(WorkdirError) as error:
+        claim(tmp_path, other, pytest.fail)
+    line = str(error.value)
+    assert "seed was 0, is 1; options.M was 1, is 2; options.xi was 0.1, is absent; " in line
+    assert "options.tau was absent, is 5.0" in line
+    assert "dims" not in line
+    assert "\n" not in line
+    claim(tmp_path, CONFIG, pytest.fail).close()
+
+
+def test_other_versions_are_said(tmp_path):
+    claim(tmp_path, CONFIG, pytest.fail).close()
+    path = tmp_path / "config.json"
+    content = json.loads(path.read_text())
+    content["versions"]["jax"] = "0.0.1"
+    path.write_text(json.dumps(content))
+    said = []
+    claim(tmp_path, CONFIG, said.append).close()
+    assert len(said) == 1
+    assert 'jax was "0.0.1", is "' in said[0]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"config": 1, "versions": {}}'])
+def test_a_damaged_config_file_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(WorkdirError, match=r"config\.json is damaged"):
+        claim(tmp_path, CONFIG, pytest.fail)
+
+
+def test_a_workdir_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WorkdirError, match="file is a file"):
+        claim(tmp_path / "file", CONFIG, pytest.fail)
+    with pytest.raises(WorkdirError, match="cannot write in workdir .*: Not a directory"):
+        claim(tmp_path / "file" / "below", CONFIG, pytest.fail)
+
+
+def test_a_workdir_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    # Not by file modes, which the superuser of a container does not feel.
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(WorkdirError, match="cannot write in workdir .*: Permission denied"):
+        claim(tmp_path, CONFIG, pytest.fail)
+
+
+def test_a_second_claim_is_refused_until_the_first_is_closed(tmp_path):
+    with claim(tmp_path, CONFIG, pytest.fail):
+        with pytest.raises(WorkdirError, match=f"in use by another run .process {os.getpid()}"):
+            claim(tmp_path, CONFIG, pytest.fail)
+    claim(tmp_path, CONFIG, pytest.fail).close()
+
+
+def test_a_killed_process_loses_its_claim(tmp_path):
+    holder = (
+        "import sys, time; from fedmetanas_jax.engine.records import claim\n"
+        "lock = claim(sys.argv[1], {}, print); print('held', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", holder, str(tmp_path)]
+    root = Path(__file__).parents[1]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root)
+    assert process.stdout.readline() == "held\n"
+    with pytest.raises(WorkdirError, match=f"process {process.pid}"):
+        claim(tmp_path, {}, pytest.fail)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    claim(tmp_path, {}, pytest.fail).close()

@@ -1,0 +1,103 @@
+"""A federated method small enough to recompute by hand: softmax regression on 8x8 images, a few SGD steps.
+
+Its one statistic is the mean image; a client's state counts its turns and keeps the last noise it drew.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedmetanas_jax.core import Algorithm, ClientUpdate, FederatedData, Net
+from fedmetanas_jax.tree import lerp, sub
+
+CLASSES, PIXELS, MOMENTUM = 4, 64, 0.1
+
+
+class Server(NamedTuple):
+    round: Any
+    params: Any
+    stats: Any
+
+
+def forward(net, image, train):
+    x = image.reshape(image.shape[0], PIXELS).astype(jnp.float32) / 255
+    stats = {"mean": jnp.mean(x, axis=0)} if train else net.stats
+    return (x - stats["mean"]) @ net.params["w"] + net.params["b"], stats
+
+
+def fit(net, data, key, steps=3, rate=0.5):
+    def loss(params, rows):
+        logits, moments = forward(net._replace(params=params), data.image[rows], True)
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), data.label[rows][:, None], 1)[:, 0]
+        weight = data.weight[rows]
+        return -jnp.sum(weight * picked) / jnp.maximum(jnp.sum(weight), 1), moments
+
+    losses = []
+    for step in range(steps):
+        rows = jax.random.permutation(jax.random.fold_in(key, step), data.label.shape[0])[:4]
+        (value, moments), slope = jax.value_and_grad(loss, has_aux=True)(net.params, rows)
+        params = jax.tree.map(lambda p, g: p - rate * g, net.params, slope)
+        net = Net(params, lerp(net.stats, moments, MOMENTUM))
+        losses.append(value)
+    return net, jnp.mean(jnp.stack(losses))
+
+
+def init(key):
+    params = {"w": 0.1 * jax.random.normal(key, (PIXELS, CLASSES)), "b": jnp.zeros(CLASSES)}
+    client_state = {"turns": jnp.int32(0), "noise": jnp.float32(0)}
+    return Server(jnp.int32(0), params, {"mean": jnp.zeros(PIXELS)}), client_state
+
+
+def client_update(server, client_state, data, key):
+    start = Net(server.params, server.stats)
+    net, loss = fit(start, data, key, rate=0.5 / (1 + server.round))
+    client_state = {"turns": client_state["turns"] + 1, "noise": jax.random.normal(key)}
+    update = {"params": sub(net.params, start.params), "stats": sub(net.stats, start.stats)}
+    metrics = {"loss": loss, "image_gradients": jnp.float32(12)}
+    return ClientUpdate(update, jnp.sum(data.weight), client_state, metrics)
+
+
+def server_update(server, mean):
+    params = jax.tree.map(jnp.add, server.params, mean["params"])
+    stats = jax.tree.map(jnp.add, server.stats, mean["stats"])
+    return Server(server.round + 1, params, stats)
+
+
+def personalize(server, client_state, data, key):
+    return fit(Net(server.params, server.stats), data, key, steps=1)[0]
+
+
+ALGORITHM = Algorithm(
+    init=init,
+    client_update=client_update,
+    server_update=server_update,
+    personalize=personalize,
+    forward=forward,
+    broadcast=lambda server: (server.params, server.stats),
+    momentum=MOMENTUM,
+    macs=PIXELS * CLASSES,
+    global_model=lambda server: Net(server.params, server.stats),
+    report=lambda server: {"server_round": server.round, "bias": jnp.sum(jnp.abs(server.params["b"]))},
+)
+
+
+def make_data(clients=7, n=10, m=5, q=23, seed=0):
+    """Sizes differ between clients; the last q rows of the pool are the server's test set."""
+    rng = np.random.default_rng(seed)
+    pool = 60 + q
+    label = rng.integers(0, CLASSES, pool)
+    image = rng.integers(0, 120, (pool, 8, 8, 1)) + 40 * (label[:, None, None, None] == np.arange(8)[:, None, None])
+    train_size = rng.integers(n // 2, n + 1, clients)
+    train = rng.integers(0, 60, (clients, n))
+    train = np.stack([np.resize(row[:size], n) for row, size in zip(train, train_size, strict=True)])
+    return FederatedData(
+        image=jnp.asarray(image, jnp.uint8),
+        label=jnp.asarray(label, jnp.int32),
+        train=jnp.asarray(train, jnp.int32),
+        train_size=jnp.asarray(train_size, jnp.int32),
+        test=jnp.asarray(60 + rng.integers(0, q, (clients, m)), jnp.int32),
+        test_size=jnp.asarray(rng.integers(1, m + 1, clients), jnp.int32),
+        central=jnp.arange(60, pool, dtype=jnp.int32),
+    )
