@@ -16,17 +16,8 @@ from typing import Any, Literal, NamedTuple
 
 from absl import flags
 
-from fedmetanas_jax.config import (
-    TASKS,
-    Config,
-    UsageError,
-    nearest,
-    option_types,
-    parse_options,
-    parse_value,
-    validate,
-    wanted,
-)
+from fedmetanas_jax.config import TASKS, Config, validate
+from fedmetanas_jax.options import UsageError, nearest, option_types, parse_options, parse_value, wanted
 
 DEFAULT_TASK = "digits_dir01"
 FIELDS = {field.name: field for field in dataclasses.fields(Config) if field.name != "options"}
@@ -96,7 +87,7 @@ def _flags() -> flags.FlagValues:
     for name, default, text in (
         ("config", DEFAULT_TASK, f"the task to start from; default {DEFAULT_TASK}"),
         ("workdir", None, "where the run leaves its files and is resumed from; default runs/TASK-METHOD"),
-        ("data_dir", None, "where data sets lie as NAME.npz; default $FEDMETANAS_DATA, then ~/.cache/fedmetanas_jax/data"),
+        ("data_dir", None, "where data sets lie as NAME.npz; else $FEDMETANAS_DATA, else ~/.cache/fedmetanas_jax/data"),
         ("stop_after", None, "pause after this many more rounds; the same command without it goes on"),
     ):
         flags.DEFINE_string(name, default, text, flag_values=values)

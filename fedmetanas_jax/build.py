@@ -11,7 +11,7 @@ import numpy as np
 
 from fedmetanas_jax import network, tree
 from fedmetanas_jax.algorithms import ALGORITHMS
-from fedmetanas_jax.config import Config, UsageError, to_dict, validate
+from fedmetanas_jax.config import Config, to_dict, validate
 from fedmetanas_jax.core import Algorithm, FederatedData, Net, Phase, RoundState, SearchSpace, Setting
 from fedmetanas_jax.data import federated, partition, picture, sources
 from fedmetanas_jax.data.augment import augmenter
@@ -25,6 +25,7 @@ from fedmetanas_jax.models.mobilenetv3 import mobilenetv3
 from fedmetanas_jax.nas import genotype as genotypes
 from fedmetanas_jax.nas import mask as masks
 from fedmetanas_jax.nas import picture as cell_picture
+from fedmetanas_jax.options import UsageError
 
 FAILURES = (UsageError, sources.DataError, records.WorkdirError, CheckpointError, engine.NonFiniteError)
 CACHE = "~/.cache/fedmetanas_jax/xla"  # compiled programs, unless JAX_COMPILATION_CACHE_DIR says otherwise

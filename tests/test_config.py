@@ -8,18 +8,8 @@ from typing import Literal
 
 import pytest
 
-from fedmetanas_jax.config import (
-    TASKS,
-    Config,
-    UsageError,
-    from_dict,
-    nearest,
-    option_types,
-    parse_options,
-    parse_value,
-    to_dict,
-    validate,
-)
+from fedmetanas_jax.config import TASKS, Config, from_dict, to_dict, validate
+from fedmetanas_jax.options import UsageError, nearest, option_types, parse_options, parse_value
 
 
 def method(

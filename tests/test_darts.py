@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 from fedmetanas_jax.models import cell as cells
-from fedmetanas_jax.models.darts import carry_over, darts, full_plan, multiply_adds
+from fedmetanas_jax.models.darts import darts, multiply_adds
 
 LENGTH, NODES = 3, 2  # cells: normal, reduction, reduction
 EDGES = 5
@@ -23,9 +23,8 @@ jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 def small(plan=None, dtype=jnp.float64):
     """Three cells of two nodes, on 8 x 8 images of two channels."""
-    return darts(
-        shape=SHAPE, classes=CLASSES, mean=MEAN, std=STD, width=4, length=LENGTH, nodes=NODES, plan=plan, dtype=dtype
-    )  # fmt: skip
+    size = {"width": 4, "length": LENGTH, "nodes": NODES}
+    return darts(shape=SHAPE, classes=CLASSES, mean=MEAN, std=STD, plan=plan, dtype=dtype, **size)
 
 
 def full_size(shape, classes, plan=None):
@@ -40,6 +39,11 @@ def shapes(net):
 
 def count(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def test_reduction_cells_stand_at_the_thirds():
+    assert reductions(8) == (2, 5)
+    assert reductions(LENGTH) == REDUCTIONS
 
 
 # --- Counts (methods section 12.1) --------------------------------------------------------------------
@@ -178,8 +182,12 @@ def depthwise_pointwise(x, depthwise, pointwise, stride, dilation):
     return conv1x1(x, pointwise)
 
 
+@partial(jit, static_argnums=(0, 4, 5))
 def operation(op, x, w, s, stride, train):
-    """One candidate operation with weights w and statistics s; (y, moments by norm)."""
+    """One candidate operation with weights w and statistics s; (y, moments by norm).
+
+    Compiled one by one: the loops around it run in Python, where as one program they would take XLA long.
+    """
     if op == "none":
         return jnp.zeros_like(x[:, :, ::stride, ::stride]), {}
     if op == "skip_connect" and stride == 1:
@@ -218,7 +226,10 @@ def naive_cell(s0, s1, params, stats, mix, reduce, halve, train):
             stride = 2 if reduce and i < 2 else 1
             for k, op in enumerate(cells.OPS):
                 row = len(collected[op])  # how many edges before this one have weights or norms
-                w, s = (jax.tree.map(lambda leaf, row=row: leaf[row], tree.get(op, {})) for tree in (params, stats))
+                at_row = partial(jax.tree.map, lambda leaf, row=row: leaf[row])
+                w, s = at_row(params.get(op, {})), at_row(stats.get(op, {}))
+                if op == "skip_connect" and stride == 1:
+                    w = s = {}
                 y, moments = operation(op, states[i], w, s, stride, train)
                 node = node + mix[edge, k] * y
                 collected[op] += [moments] if moments else []
@@ -252,12 +263,17 @@ def double():
         yield
 
 
+def curved(logits):
+    """A loss whose gradient is another number for every logit."""
+    return jnp.sum(jnp.sin(2 * logits + jnp.arange(CLASSES)))
+
+
 def derivatives(apply, train):
     """(params, stats, image, mix) -> logits, stats, gradients of a curved loss by params and mix."""
 
     def loss(trained, stats, image):
         logits, stats = apply(trained[0], stats, image, trained[1], train)
-        return jnp.sum(jnp.sin(2 * logits + jnp.arange(CLASSES))), (logits, stats)
+        return curved(logits), (logits, stats)
 
     def run(params, stats, image, mix):
         grads, (logits, found) = jax.grad(loss, has_aux=True)((params, mix), stats, image)
@@ -278,9 +294,8 @@ def example(seed, dtype=np.float64):
 
 @pytest.fixture(scope="module")
 def full():
-    """train -> compiled `derivatives` of the full small network."""
-    net = small()
-    return {train: jit(derivatives(net.apply, train)) for train in (True, False)}
+    """Compiled `derivatives` of the full small network in training mode."""
+    return jit(derivatives(small().apply, True))
 
 
 def assert_close(got, want, rtol=1e-7, atol=1e-9):
@@ -290,9 +305,182 @@ def assert_close(got, want, rtol=1e-7, atol=1e-9):
 
 
 @pytest.mark.usefixtures("double")
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-def test_same_function_as_the_naive_network(full, train):
-    arguments = example(0)
-    got = full[train](*arguments)
-    assert got[0].dtype == jnp.float64
-    assert_close(got, jit(derivatives(naive, train))(*arguments))
+def test_training_mode_and_gradients_equal_the_naive_network(full):
+    got = full(*example(0))
+    assert all(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(got))
+    assert_close(got, derivatives(naive, True)(*example(0)))
+
+
+@pytest.fixture(scope="module")
+def full_eval():
+    """Compiled evaluation of the full small network: logits."""
+    net = small()
+    return jit(lambda *arguments: net.apply(*arguments, False)[0])
+
+
+@pytest.mark.usefixtures("double")
+def test_evaluation_equals_the_naive_network(full_eval):
+    assert_close(full_eval(*example(1)), naive(*example(1), False)[0])
+
+
+def test_evaluation_returns_the_given_statistics():
+    params, stats, image, mix = example(0, np.float32)
+    found = jax.eval_shape(lambda s: small(dtype=jnp.float32).apply(params, s, image, mix, False)[1], stats)
+    assert jax.tree.structure(found) == jax.tree.structure(stats)
+
+
+# --- Smaller programs -----------------------------------------------------------------------------------
+
+
+def random_plan(seed):
+    """Every operation on every edge with probability one half; a dead edge in either cell type."""
+    alive = np.random.default_rng(seed).random((2, EDGES, len(cells.OPS))) < 0.5
+    alive[0, :, cells.OPS.index(SEP3)] = True  # on every edge, beside others that only some have
+    alive[0, 3] = alive[1, 0] = False
+    return tuple(tuple(tuple(np.flatnonzero(edge).tolist()) for edge in cell) for cell in alive)
+
+
+PARTIAL = random_plan(0)
+# What a search ends with: `none` and the identity among the choices, no edge between a reduction's nodes.
+TERMINAL = plan_of(
+    [[("none", 0), (SEP3, 1)], [(SKIP, 0), (DIL3, 2)]],
+    [[(SKIP, 0), (MAX, 1)], [("none", 0), (SKIP, 1)]],
+)
+
+
+def cut(tree, plan):
+    return carry_over(tree, LENGTH, NODES, full_plan(NODES), plan)
+
+
+def alive_in(plan):
+    """[2, edges, ops], 1 where alive."""
+    return np.array([[[float(k in edge) for k in range(len(cells.OPS))] for edge in cell] for cell in plan])
+
+
+def assert_same_as_full(full, got, plan, arguments):
+    """`got` are the derivatives of plan's network on the weights cut from those in `arguments`."""
+    params, stats, image, mix = arguments
+    alive = alive_in(plan)
+    logits, found, grad_params, grad_mix = full(params, stats, image, mix * alive)
+    assert_close(got, (logits, cut(found, plan), cut(grad_params, plan), grad_mix * alive))
+
+
+@pytest.mark.usefixtures("double")
+def test_terminal_program_is_the_same_function(full):
+    params, stats, image, mix = example(2)
+    got = jit(derivatives(small(TERMINAL).apply, True))(cut(params, TERMINAL), cut(stats, TERMINAL), image, mix)
+    assert_same_as_full(full, got, TERMINAL, (params, stats, image, mix))
+
+
+@pytest.mark.usefixtures("double")
+def test_partial_program_for_two_clients_at_once_is_the_same_function(full):
+    """vmap over clients with their own weights, image and mix; the full network takes them one by one."""
+    clients = [example(3), example(4)]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *[
+        (cut(params, PARTIAL), cut(stats, PARTIAL), image, mix) for params, stats, image, mix in clients
+    ])  # fmt: skip
+    one = derivatives(small(PARTIAL).apply, True)
+    traced = jit(jax.vmap(one)).trace(*stacked)
+    # What is dead is skipped for many clients as for one: no `cond` has become a `select`.
+    alone = jax.make_jaxpr(one)(*jax.tree.map(lambda leaf: leaf[0], stacked))
+    assert str(traced.jaxpr).count("cond[") == str(alone).count("cond[") > 0
+    results = traced.lower().compile()(*stacked)
+    for i, client in enumerate(clients):
+        assert_same_as_full(full, jax.tree.map(lambda leaf, i=i: leaf[i], results), PARTIAL, client)
+
+
+@pytest.mark.usefixtures("double")
+def test_terminal_program_in_evaluation(full_eval):
+    """Logits as the full network's; the gradient is the slope of the loss along a random direction."""
+    params, stats, image, mix = example(5)
+    run = jit(derivatives(small(TERMINAL).apply, False))
+    small_params, small_stats = cut(params, TERMINAL), cut(stats, TERMINAL)
+    logits, found, *grads = run(small_params, small_stats, image, mix)
+    assert_close(logits, full_eval(params, stats, image, mix * alive_in(TERMINAL)))
+    assert_close(found, small_stats)
+
+    def loss(params, mix):
+        return curved(run(params, small_stats, image, mix)[0])
+
+    assert_slope(loss, (small_params, mix), tuple(grads))
+
+
+def test_carry_over_in_two_steps_is_carry_over_in_one():
+    """Pruning twice leaves the rows that pruning once leaves."""
+    params, stats, _, _ = example(6)
+    between = tuple(
+        tuple(tuple(sorted({*a, *b})) for a, b in zip(*both, strict=True))
+        for both in zip(PARTIAL, TERMINAL, strict=True)
+    )
+    for tree in (params, stats):
+        twice = carry_over(cut(tree, between), LENGTH, NODES, between, TERMINAL)
+        assert_close(twice, cut(tree, TERMINAL), rtol=0, atol=0)
+
+
+def test_carry_over_leaves_what_the_smaller_network_has():
+    params, stats, _, _ = example(7)
+    for plan in (PARTIAL, TERMINAL):
+        have = jax.tree.map(np.shape, (cut(params, plan), cut(stats, plan)), is_leaf=lambda x: not isinstance(x, dict))
+        assert have == jax.tree.map(lambda leaf: leaf.shape, shapes(small(plan)))
+
+
+# --- Initial values, types, second derivatives -----------------------------------------------------------
+
+
+def test_initial_values():
+    """U(-1, 1) / sqrt(fan-in) for every kernel (PyTorch's default), moments 0 and 1, all float32."""
+    params, stats = jit(small(TERMINAL).init)(jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves((params, stats))} == {jnp.dtype(jnp.float32)}
+    reduction = params["cell_1"]
+    fan_in = [(params["stem"], 18), (params["head_kernel"], 32), (params["head_bias"], 32)]
+    fan_in += [(params["cell_0"][SEP3][name], 9) for name in ("depthwise", "depthwise_2")]
+    fan_in += [(params["cell_0"][SEP3][name], 4) for name in ("pointwise", "pointwise_2")]
+    fan_in += [(reduction["preprocess_1"]["pointwise"], 8), (reduction[SKIP]["even"], 8)]
+    for kernel, n in fan_in:
+        assert np.max(np.abs(kernel)) <= n**-0.5
+        np.testing.assert_allclose(np.sqrt(3 * n) * np.std(kernel), 1, atol=0.5)
+    assert np.all(params["stem_scale"] == 1)
+    assert np.all(params["stem_shift"] == 0)
+    for path, leaf in jax.tree.leaves_with_path(stats):
+        assert np.all(leaf == (1 if path[-1].key == "var" else 0))
+
+
+def test_bfloat16_is_close_and_leaves_float32(full):
+    arguments = example(8, np.float32)
+    net = small(dtype=jnp.bfloat16)
+    for leaf in jax.tree.leaves(jax.eval_shape(derivatives(net.apply, True), *arguments)):
+        assert leaf.dtype == jnp.float32
+    logits, found = jit(lambda *arguments: net.apply(*arguments, True))(*arguments)
+    with jax.enable_x64(True):
+        want_logits, want_found, *_ = full(*example(8))
+    for got, want in ((logits, want_logits), (found, want_found)):
+        got, want = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]) for tree in (got, want))
+        assert np.linalg.norm(got - want) < 0.1 * np.linalg.norm(want)
+
+
+@pytest.mark.usefixtures("double")
+def test_gradient_through_a_gradient_step():
+    """What order=2 of the meta gradient needs: the slope of the loss after a step, by weights and mix."""
+    params, stats, image, mix = example(9)
+    params = cut(params, TERMINAL)
+    apply = small(TERMINAL).apply
+
+    def loss(trained):
+        return curved(apply(trained[0], stats_cut, image, trained[1], True)[0])
+
+    def after_a_step(trained):
+        return loss(jax.tree.map(lambda x, g: x - 0.01 * g, trained, jax.grad(loss)(trained)))
+
+    stats_cut = cut(stats, TERMINAL)
+    run = jit(jax.value_and_grad(after_a_step))
+    assert_slope(lambda *trained: run(trained)[0], (params, mix), run((params, mix))[1])
+
+
+def assert_slope(loss, at, grads):
+    """Central difference along a random direction = gradient times direction."""
+    rng = np.random.default_rng(0)
+    direction = jax.tree.map(lambda x: rng.normal(size=x.shape), at)
+    step = 1e-6
+    ahead, behind = (loss(*jax.tree.map(lambda x, d, s=s: x + s * d, at, direction)) for s in (step, -step))
+    slope = sum(np.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (grads, direction)), strict=True))
+    np.testing.assert_allclose(slope, (ahead - behind) / (2 * step), rtol=1e-5)

@@ -8,7 +8,7 @@ from matplotlib.text import Text
 from fedmetanas_jax.core import Alpha, Mask
 from fedmetanas_jax.nas import genotype, mask, picture, relax
 from fedmetanas_jax.nas.genotype import Genotype
-from fedmetanas_jax.nas.topology import OPS, edge
+from fedmetanas_jax.topology import OPS, edge
 
 NONE, MAX, AVG, SKIP, SEP3, SEP5, DIL3, DIL5 = range(8)
 EXAMPLE = Genotype(

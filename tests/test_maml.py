@@ -1,5 +1,7 @@
 """Laws of first- and second-order MAML on functions small enough to differentiate by hand."""
 
+from functools import lru_cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,18 +136,20 @@ def test_adapt_takes_one_step_a_batch():
     assert visited["loss"].tolist() == [16, 2]
 
 
-def fit(data, *, steps, eta=0.5, meta=None, model=None, batch=4, epochs=3, order=1, tasks="split", loss=None):
-    model = model or toy_model(hidden=4, centred=True)
+META = local.sgd(0.1, 0.9, 0.1, 1.0)
+
+
+@lru_cache
+def compiled(steps, eta=0.5, epochs=3, tasks="split"):
+    model = toy_model(hidden=4, centred=True)
     params, stats = model.init(jax.random.key(1))
-    options = dict(batch=batch, epochs=epochs, augment=unchanged, momentum=model.momentum)
-    options |= dict(steps=steps, order=order, tasks=tasks)
-    loss, meta = loss or model_loss(model), meta or local.sgd(0.1, 0.9, 1e-2)
+    loss, task = model_loss(model), optax.sgd(eta)
+    options = dict(batch=4, epochs=epochs, augment=unchanged, momentum=0.1, steps=steps, tasks=tasks)
+    return jax.jit(lambda data: maml.fit(loss, task, META, params, stats, data, KEY, **options))
 
-    @jax.jit
-    def run(data):
-        return maml.fit(loss, optax.sgd(eta), meta, params, stats, data, KEY, **options)
 
-    return run(data)
+def fit(data, **options):
+    return compiled(**options)(data)
 
 
 @pytest.mark.parametrize(("steps", "eta"), [(0, 0.5), (2, 0.0)])
@@ -156,8 +160,8 @@ def test_without_adaptation_it_is_sgd_on_the_query(steps, eta):
     plain, plain_stats = model.init(jax.random.key(1))
     query = jax.tree.map(lambda x: x[1::2], data)
     options = dict(batch=4, epochs=3, augment=unchanged, momentum=model.momentum)
-    sgd, loss = local.sgd(0.1, 0.9, 1e-2), model_loss(model)
-    run = jax.jit(lambda data: local.fit(loss, sgd, plain, plain_stats, data, KEY, **options))
+    loss = model_loss(model)
+    run = jax.jit(lambda data: local.fit(loss, META, plain, plain_stats, data, KEY, **options))
     plain, plain_stats, plain_metrics = run(query)
     close(params, plain)
     close(stats, plain_stats)
@@ -168,7 +172,7 @@ def test_without_adaptation_it_is_sgd_on_the_query(steps, eta):
 def test_meta_steps_by_hand():
     # 8 rows, batch 4, "split": an epoch is one task, support the even rows and query the odd ones.
     model, data = toy_model(hidden=4, centred=True), examples(8)
-    loss, meta = model_loss(model), local.sgd(0.1, 0.9, 1e-2, 1.0)
+    loss = model_loss(model)
     params, stats = model.init(jax.random.key(1))
     support, query = (jax.tree.map(lambda x, i=i: x[i::2], data) for i in (0, 1))
 
@@ -177,36 +181,31 @@ def test_meta_steps_by_hand():
         (before, _), inner = jax.value_and_grad(loss, has_aux=True)(params, stats, support, KEY)
         adapted = jax.tree.map(lambda p, g: p - 0.5 * g, params, inner)
         outer, (moments, _) = jax.grad(loss, has_aux=True)(adapted, stats, query, KEY)
-        updates, state = meta.update(outer, state, params)
+        updates, state = META.update(outer, state, params)
         return optax.apply_updates(params, updates), tree.lerp(stats, moments, 0.1), state, before
 
-    state, first = meta.init(params), []
+    state, first = META.init(params), []
     for _ in range(3):
         params, stats, state, before = task(params, stats, state)
         first.append(before)
-    fitted, fitted_stats, metrics = fit(data, steps=1, meta=meta)
+    fitted, fitted_stats, metrics = fit(data, steps=1)
     close(fitted, params)
     close(fitted_stats, stats)
     np.testing.assert_allclose(metrics["support_loss"], np.mean(first), rtol=1e-5)
 
 
 def test_tasks_with_padding_change_nothing():
-    data = examples(16, size=9)  # one whole task of 8, then one that is part padding
-    meta = local.sgd(0.1, 0.9, 0.1)
-    params, stats, metrics = fit(data, steps=1, tasks="pairs", epochs=1, meta=meta)
-    assert metrics["image_gradients"] == 8
-    close((params, stats), fit(data, steps=1, tasks="one", epochs=1, meta=meta)[:2])
-    # "split" with a full first task and an invalid second one equals the first task's rows alone.
-    split = examples(16, size=8)
-    whole = jax.tree.map(lambda x: x[:8], split)
-    close(fit(split, steps=1, meta=meta, epochs=2), fit(whole, steps=1, meta=meta, epochs=2))
+    # In "split" the 8 real rows of 16 make one whole task; the second one is padding alone.
+    data = examples(16, size=8)
+    whole = jax.tree.map(lambda x: x[:8], data)
+    close(fit(data, steps=1), fit(whole, steps=1))
+    # In "pairs" the second of two tasks holds one real row, and so does not count.
+    assert fit(examples(16, size=9), steps=2, tasks="pairs")[2]["image_gradients"] == 3 * 4 * (2 + 1)
 
 
 def test_a_client_without_a_whole_task_is_the_identity():
     params, stats = toy_model(hidden=4, centred=True).init(jax.random.key(1))
-    fitted, fitted_stats, metrics = fit(
-        examples(8, size=7), steps=2, tasks="pairs", meta=local.sgd(0.1, 0.9, 0.1)
-    )
+    fitted, fitted_stats, metrics = fit(examples(16, size=7), steps=2, tasks="pairs")
     same((fitted, fitted_stats), (params, stats))
     assert all(value == 0 for value in metrics.values())
 
@@ -225,11 +224,13 @@ def test_what_the_task_optimizer_freezes_still_gets_its_meta_gradient():
 
 
 def test_the_gradient_is_traced_once_for_support_and_query():
-    traces, inner = [], model_loss(toy_model(hidden=4, centred=True))
+    model, traces = toy_model(), []
+    inner, (params, stats) = model_loss(model), model.init(jax.random.key(1))
 
     def loss(*args):
         traces.append(1)
         return inner(*args)
 
-    jax.jit(lambda data: fit(data, steps=3, tasks="pairs", loss=loss)).lower(examples(16))
+    task, options = optax.sgd(0.1), dict(batch=4, epochs=2, augment=unchanged, momentum=0.1, steps=3)
+    jax.jit(lambda data: maml.fit(loss, task, META, params, stats, data, KEY, **options)).lower(examples(16))
     assert len(traces) == 1

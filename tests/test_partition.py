@@ -14,9 +14,8 @@ def labels(classes, each, seed=0):
 
 
 TRAIN, TEST = labels(10, 500), labels(10, 100, 1)
-ASKED = {
-    "clients": 20, "train_size": 100, "test_size": 90, "concentration": 0.1, "tau": 4, "classes": 10, "seed": 1
-}  # fmt: skip
+SIZES = {"clients": 20, "train_size": 100, "test_size": 90}
+ASKED = SIZES | {"concentration": 0.1, "tau": 4, "classes": 10, "seed": 1}
 
 
 def deal(kind="dirichlet", train=TRAIN, test=TEST, **changes):
@@ -196,8 +195,9 @@ def test_manifest_is_json_and_its_hash_is_of_the_rows():
     assert record["train"]["sizes"] == [100] * 20
     assert np.sum(record["test"]["histogram"]) == 20 * 90
     # The same images in other hands, or in another order, are another partition.
-    moved = parts._replace(train=[np.append(parts.train[0], parts.train[1][0]), parts.train[1][1:], *parts.train[2:]])
-    turned = parts._replace(train=[parts.train[0][::-1], *parts.train[1:]])
+    first, second, *others = parts.train
+    moved = parts._replace(train=[np.append(first, second[0]), second[1:], *others])
+    turned = parts._replace(train=[first[::-1], second, *others])
     for other in (moved, turned):
         found = manifest(other, TRAIN, TEST, 10, {})
         assert found["train"]["sha256"] != record["train"]["sha256"]

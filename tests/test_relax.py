@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fedmetanas_jax import topology
 from fedmetanas_jax.core import Alpha, Mask
-from fedmetanas_jax.nas import mask, relax, topology
+from fedmetanas_jax.nas import mask, relax
 
 NODES = 4
 KEY = jax.random.key(7)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -23,12 +24,16 @@ def data():
     return toy.make_data(CLIENTS)
 
 
+compiled = cache(engine.make_round)
+first_state = cache(engine.init_state)
+
+
 def start(seed=SEED):
-    return engine.init_state(toy.ALGORITHM, seed, CLIENTS)
+    return jax.tree.map(jnp.copy, first_state(toy.ALGORITHM, seed, CLIENTS))
 
 
-def run(data, rounds=2, algorithm=toy.ALGORITHM, seed=SEED, at_once=1, cohort_size=COHORT):
-    step = engine.make_round(algorithm, seed=seed, cohort_size=cohort_size, at_once=at_once)
+def run(data, rounds=2, algorithm=toy.ALGORITHM, seed=SEED, at_once=1, cohort_size=COHORT, make=compiled):
+    step = make(algorithm, seed=seed, cohort_size=cohort_size, at_once=at_once)
     state, rows = start(seed), []
     for r in range(rounds):
         state, metrics = step(state, data, jnp.int32(r + 1))
@@ -74,7 +79,8 @@ def test_cohort_is_uniform():
 
 def test_keys_of_streams_rounds_and_clients_differ():
     keys = [engine.client_key(0, r, k) for r in range(3) for k in range(3)]
-    keys += [engine.stream_key(0, s, 1, 2) for s in engine.STREAMS if s != "train"] + [engine.client_key(1, 0, 0)]
+    keys += [engine.stream_key(0, s, 1, 2) for s in engine.STREAMS if s != "train"]
+    keys.append(engine.client_key(1, 0, 0))
     assert len({jax.random.key_data(key).tobytes() for key in keys}) == len(keys)
 
 
@@ -91,8 +97,9 @@ def test_round_is_the_weighted_mean_of_its_clients_by_hand(data):
     before = start()
     chosen = metrics["client"][0]
     updates, losses = [], []
+    client_update = jax.jit(toy.client_update)
     for k in chosen:
-        out = toy.client_update(
+        out = client_update(
             before.server_state,
             tree.take(before.client_states, k),
             engine.train_examples(data, k),
@@ -120,27 +127,27 @@ def test_examples_weigh_what_the_client_holds_and_no_padding(data):
 
 def test_schedules_get_the_servers_round_and_the_engine_its_own(data):
     state = start()._replace(round=jnp.int32(40))
-    step = engine.make_round(toy.ALGORITHM, seed=SEED, cohort_size=COHORT, at_once=1)
+    step = compiled(toy.ALGORITHM, seed=SEED, cohort_size=COHORT, at_once=1)
     state, metrics = step(state, data, jnp.int32(41))
     assert (state.round, state.server_state.round) == (41, 1)
     np.testing.assert_array_equal(metrics["client"][0], engine.cohort(SEED, 40, CLIENTS, COHORT))
 
 
-@pytest.mark.parametrize("at_once", [0, 2, 5, 9])
+@pytest.mark.parametrize("at_once", [0, 2, 9])
 def test_all_at_once_is_one_by_one(data, two_rounds, at_once):
     state, metrics = run(data, at_once=at_once)
     close((state, metrics), two_rounds)
 
 
 def test_same_seed_same_bits(data, two_rounds):
-    same_bits(run(data), two_rounds)
+    same_bits(run(data, make=engine.make_round), two_rounds)
     assert np.any(run(data, seed=SEED + 1)[1]["loss"] != two_rounds[1]["loss"])
 
 
 def test_order_of_the_cohort_is_irrelevant(data, two_rounds, monkeypatch):
     plain = engine.cohort
     monkeypatch.setattr(engine, "cohort", lambda *args: plain(*args)[::-1])
-    state, metrics = run(data)
+    state, metrics = run(data, make=engine.make_round)
     close(state, two_rounds[0])
     np.testing.assert_array_equal(metrics["client"], two_rounds[1]["client"][:, ::-1])
     close(metrics["loss"], two_rounds[1]["loss"][:, ::-1])
@@ -148,7 +155,7 @@ def test_order_of_the_cohort_is_irrelevant(data, two_rounds, monkeypatch):
 
 def test_clients_not_chosen_keep_their_state_bit_for_bit(data):
     step = engine.make_round(toy.ALGORITHM, seed=SEED, cohort_size=2, at_once=1)
-    odd = jnp.arange(CLIENTS, dtype=jnp.float32) / 3 - 0.0
+    odd = jnp.arange(CLIENTS, dtype=jnp.float32) / 3
     state = start()
     state = state._replace(client_states=state.client_states | {"noise": odd})
     before = jax.tree.map(np.array, state.client_states)
@@ -255,7 +262,7 @@ def on_four_devices():
     mesh = clients_mesh(0)
     assert mesh.size == len(jax.devices()) == 4
     data = toy.make_data(CLIENTS)
-    cases = [(5, 1, 1), (6, 1, 1), (4, 1, 1), (7, 0, 1), (6, 2, 3)]
+    cases = [(5, 1, 1), (4, 1, 2)]  # cohort, at_once, block
     for size, at_once, block in cases:
         got = []
         for where in (None, mesh):
@@ -269,12 +276,14 @@ def on_four_devices():
                     state, metrics = step(state, local, stop)
                 rows.append(jax.tree.map(np.asarray, metrics))
             assert step._cache_size() == 1, (size, at_once, block, step._cache_size())
-            personal = make_personal(
-                toy.ALGORITHM, seed=SEED, batch=4, bn_eval="running", at_once=at_once, mesh=where
-            )
-            got.append((jax.tree.map(np.asarray, state), rows, np.asarray(personal(state, local))))
+            got.append((jax.tree.map(np.asarray, state), rows))
         same_bits(*got)
         print("same bits", size, at_once, block)
+    ways = [
+        make_personal(toy.ALGORITHM, seed=SEED, batch=2, bn_eval="recalibrated", at_once=1, mesh=where)
+        for where in (None, mesh)
+    ]
+    same_bits(ways[0](start(), data), ways[1](put_data(start(), mesh), put_data(data, mesh)))
 
 
 def test_a_mesh_of_four_devices_is_one_device_bit_for_bit():
@@ -287,4 +296,4 @@ def test_a_mesh_of_four_devices_is_one_device_bit_for_bit():
     code = "import test_round; test_round.on_four_devices()"
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("same bits") == 5
+    assert done.stdout.count("same bits") == 2

@@ -181,6 +181,7 @@ def test_mnist_hands_out_the_first_50000(tmp_path, monkeypatch):
 def test_nothing_there_and_no_network_is_one_line(tmp_path, monkeypatch):
     from fedmetanas_jax.data import prepare
 
+    monkeypatch.setattr(prepare, "RETRIES", 0)
     monkeypatch.setattr(prepare.Cifar10, "URL", "http://127.0.0.1:9/cifar.tar.gz")  # nobody listens there
     message = refusal("cifar10", tmp_path)
     assert str(tmp_path / "cifar10.npz") in message
@@ -215,9 +216,10 @@ def lay(folder, name, arrays):
 
     if name == "mnist":
         for split, stem in builder.FILES.items():
-            put(f"{builder.URL}{stem}-images-idx3-ubyte.gz", gzip.compress(bytes(16) + arrays[f"{split}_images"].tobytes()))
-            labels = arrays[f"{split}_labels"].astype(np.uint8)
-            put(f"{builder.URL}{stem}-labels-idx1-ubyte.gz", gzip.compress(bytes(8) + labels.tobytes()))
+            pixels = arrays[f"{split}_images"].tobytes()
+            labels = arrays[f"{split}_labels"].astype(np.uint8).tobytes()
+            put(f"{builder.URL}{stem}-images-idx3-ubyte.gz", gzip.compress(bytes(16) + pixels))
+            put(f"{builder.URL}{stem}-labels-idx1-ubyte.gz", gzip.compress(bytes(8) + labels))
         return
     files = {file: "\n".join(names_of(classes)) + "\n\n" for classes, file in builder.LABELS.values()}
     files = {file: text.encode() for file, text in files.items()}
@@ -241,7 +243,8 @@ def names_of(classes):
 
 
 @pytest.mark.parametrize(
-    ("name", "classes", "shape"), [("cifar10", 10, (32, 32, 3)), ("cifar100", 100, (32, 32, 3)), ("mnist", 10, (28, 28, 1))]
+    ("name", "classes", "shape"),
+    [("cifar10", 10, (32, 32, 3)), ("cifar100", 100, (32, 32, 3)), ("mnist", 10, (28, 28, 1))],
 )
 def test_official_set_is_prepared_from_its_archive(tmp_path, small_official, name, classes, shape):
     import tensorflow_datasets as tfds
@@ -278,6 +281,7 @@ def test_damaged_cache_is_named_and_made_again(tmp_path, small_official, caplog)
 def test_damaged_cache_that_cannot_be_made_again_is_refused(tmp_path, monkeypatch):
     from fedmetanas_jax.data import prepare
 
+    monkeypatch.setattr(prepare, "RETRIES", 0)
     monkeypatch.setattr(prepare.Mnist, "URL", "http://127.0.0.1:9/")
     path = save(tmp_path, "mnist", **toy(20, 4, 10, (28, 28, 1)), label_names=np.array(list("0123456789")))
     before = path.read_bytes()
@@ -285,6 +289,15 @@ def test_damaged_cache_that_cannot_be_made_again_is_refused(tmp_path, monkeypatc
     assert f"{path} is not the official set" in message
     assert "(20, 4, (28, 28, 1), 10)" in message
     assert path.read_bytes() == before
+
+
+def test_records_only_tensorflow_can_read_are_refused(tmp_path, small_official):
+    lay(tmp_path, "mnist", toy(20, 4, 10, (28, 28, 1)))
+    sources.load("mnist", tmp_path)
+    (tmp_path / "mnist.npz").unlink()
+    info = tmp_path / "mnist" / "3.0.1" / "dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    assert f"{info.parent} is in a format that only TensorFlow reads" in refusal("mnist", tmp_path)
 
 
 def test_damaged_archive_is_refused(tmp_path, small_official):

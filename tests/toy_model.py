@@ -1,5 +1,7 @@
 """A Model small enough for hand calculation: one or two layers on 8x8x1 images, one running statistic."""
 
+from functools import lru_cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from fedmetanas_jax.core import Examples, Model
 PIXELS = 64
 
 
+@lru_cache  # equal arguments, equal functions: what is compiled with them is shared between tests
 def toy_model(classes=3, hidden=0, centred=False, momentum=0.1) -> Model:
     """Softmax regression, or a tanh layer of `hidden` units before it.
 

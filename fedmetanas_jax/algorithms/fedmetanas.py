@@ -13,9 +13,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedmetanas_jax import local, maml, tree
+from fedmetanas_jax import local, maml
 from fedmetanas_jax.core import (
-    Algorithm, Alpha, Array, ClientUpdate, Examples, Mask, Net, Phase, SearchSpace, Setting, Tree,
+    Algorithm,
+    Alpha,
+    Array,
+    ClientUpdate,
+    Examples,
+    Mask,
+    Net,
+    Phase,
+    SearchSpace,
+    Setting,
+    Tree,
 )  # fmt: skip
 from fedmetanas_jax.nas import mask as masks
 from fedmetanas_jax.nas import relax

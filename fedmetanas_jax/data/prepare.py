@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
+from tensorflow_datasets.core.download import downloader
 
 CHUNK = 2_000  # images decoded at once
+RETRIES = 4  # of a download; tensorflow-datasets' own 10 keep a machine without a network waiting 200 s
 
 
 def arrays(name: str, data_dir: Path) -> dict[str, np.ndarray]:
@@ -25,10 +27,11 @@ def arrays(name: str, data_dir: Path) -> dict[str, np.ndarray]:
     version = BUILDERS[name].VERSION
     try:
         builder = BUILDERS[name](data_dir=data_dir, file_format="array_record")
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"{data_dir / name / str(version)} is in a format that only TensorFlow reads: move it away"
         ) from error
+    downloader.MAX_RETRIES = RETRIES
     builder.download_and_prepare()
     found = {}
     for split in ("train", "test"):

@@ -217,4 +217,4 @@ def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 def _one_line(error: BaseException) -> str:
     text = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}").strip(": ")
-    return text if len(text) <= 200 else f"{text[:200]} ..."
+    return text if len(text) <= 300 else f"{text[:300]} ..."

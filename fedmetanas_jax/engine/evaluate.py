@@ -15,8 +15,8 @@ import optax
 from jax.sharding import Mesh
 
 from fedmetanas_jax import tree
-from fedmetanas_jax.core import Algorithm, Array, FederatedData, Net, RoundState
-from fedmetanas_jax.engine.round import cohort, map_clients, on_mesh, stream_key, train_examples
+from fedmetanas_jax.core import Algorithm, Array, Examples, FederatedData, Net, RoundState
+from fedmetanas_jax.engine.round import apart, cohort, map_clients, on_mesh, stream_key, train_examples
 
 BN_EVAL = ("running", "batch", "recalibrated")
 
@@ -47,21 +47,21 @@ def recalibrate(forward: Callable, net: Net, image: Array, batch: int) -> Net:
 
 
 def answers(
-    forward: Callable, net: Net, data: FederatedData, rows: Array, size: Array, batch: int, train: bool
+    forward: Callable, net: Net, image: Array, label: Array, size: Array, batch: int, train: bool
 ) -> tuple[Array, Array]:
-    """For the pool's rows [r]: is each answered correctly, [r] bool, and its cross entropy, [r] float32.
+    """For image [r, h, w, c] and label [r]: answered correctly, [r] bool, and the cross entropy, [r] float32.
 
-    The first `size` of them count. A chunk is filled up with repeats of these, not with blanks, since with
-    train=True it is classified by its own moments.
+    Only the first `size` rows are read; the answers past them repeat. The last chunk is filled up with
+    repeats too and not with blanks, since with train=True it is classified by its own moments.
     """
-    count = rows.shape[0]
+    count = label.shape[0]
     batch = min(batch, count)
-    chunks = rows[jnp.arange(-(-count // batch) * batch) % size].reshape(-1, batch)
+    chunks = (jnp.arange(-(-count // batch) * batch) % size).reshape(-1, batch)
 
-    def chunk(rows: Array):
-        logits, label = forward(net, data.image[rows], train)[0], data.label[rows]
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), label)
-        return jnp.argmax(logits, -1) == label, loss
+    def chunk(rows: Array) -> tuple[Array, Array]:
+        logits = forward(net, image[rows], train)[0].astype(jnp.float32)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, label[rows])
+        return jnp.argmax(logits, -1) == label[rows], loss
 
     return jax.tree.map(lambda x: x.reshape(-1)[:count], jax.lax.map(chunk, chunks))
 
@@ -77,8 +77,8 @@ def make_evaluate(algorithm: Algorithm, *, batch: int, bn_eval: str) -> Callable
     def evaluate(net: Net, data: FederatedData, calibration_rows: Array | None) -> Correct:
         if bn_eval == "recalibrated":
             net = recalibrate(algorithm.forward, net, data.image[calibration_rows], batch)
-        size = data.central.shape[0]
-        correct, loss = answers(algorithm.forward, net, data, data.central, size, batch, bn_eval == "batch")
+        image, label = data.image[data.central], data.label[data.central]
+        correct, loss = answers(algorithm.forward, net, image, label, label.size, batch, bn_eval == "batch")
         return Correct(correct, jnp.mean(loss))
 
     return evaluate
@@ -134,16 +134,19 @@ def make_personal(
     """
     check_bn_eval(bn_eval)
 
+    def adapted(server_state, client_state, own: Examples, key, image: Array, label: Array, size: Array):
+        net = algorithm.personalize(server_state, client_state, own, key)
+        if bn_eval == "recalibrated":
+            net = recalibrate(algorithm.forward, net, own.image, batch)
+        correct, _ = answers(algorithm.forward, net, image, label, size, batch, bn_eval == "batch")
+        return jnp.sum(correct & (jnp.arange(label.size) < size)) / size
+
     def personal(state: RoundState, data: FederatedData) -> Array:
         def client(k: Array) -> Array:
-            own = train_examples(data, k)
+            start = state.server_state, tree.take(state.client_states, k), train_examples(data, k)
             key = stream_key(seed, "personal", state.round, k)
-            net = algorithm.personalize(state.server_state, tree.take(state.client_states, k), own, key)
-            if bn_eval == "recalibrated":
-                net = recalibrate(algorithm.forward, net, own.image, batch)
-            rows, size = data.test[k], data.test_size[k]
-            correct, _ = answers(algorithm.forward, net, data, rows, size, batch, bn_eval == "batch")
-            return jnp.sum(correct & (jnp.arange(rows.shape[0]) < size)) / size
+            image, label = data.image[data.test[k]], data.label[data.test[k]]
+            return apart(adapted)(*start, key, image, label, data.test_size[k])
 
         return map_clients(client, jnp.arange(data.train.shape[0], dtype=jnp.int32), at_once, mesh)
 

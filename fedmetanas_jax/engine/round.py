@@ -75,7 +75,7 @@ def apart(function: Callable) -> Callable:
     """
 
     def fenced(*args):
-        return function(*jax.lax.optimization_barrier(args))
+        return jax.lax.optimization_barrier(function(*jax.lax.optimization_barrier(args)))
 
     return fenced
 
@@ -123,6 +123,7 @@ def make_round(
     after the round. Rows past the rounds run are zero.
 
     A mesh sums the updates in the cohort's order, as one device does, so it adds no rounding of its own.
+    The same bits come out where the clients are worked on in the same groups (always for at_once=1).
     ValueError for a block below 1 and, at the first call, for a cohort or an `at_once` that cannot be and for
     a name that the metrics and the report both use.
     """

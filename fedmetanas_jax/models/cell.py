@@ -18,19 +18,11 @@ from jax import lax
 
 from fedmetanas_jax.core import Array, Tree
 from fedmetanas_jax.models import layers
+from fedmetanas_jax.topology import OPS, edge_ends
 
-OPS = (
-    "none", "max_pool_3x3", "avg_pool_3x3", "skip_connect",
-    "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5",
-)  # fmt: skip
 KERNEL = {"sep_conv_3x3": 3, "sep_conv_5x5": 5, "dil_conv_3x3": 3, "dil_conv_5x5": 5}
 
 Keep = tuple[tuple[int, ...], ...]  # of one cell type: the operations alive on each edge
-
-
-def edge_ends(nodes: int) -> list[tuple[int, int]]:
-    """(input i, node j) of every edge in order; inputs 0 and 1 are the cell's, input j + 2 is node j."""
-    return [(i, j) for j in range(nodes) for i in range(j + 2)]
 
 
 def carriers(keep: Keep, op: int, edges: list[int]) -> list[int]:
@@ -199,7 +191,9 @@ def _run_edges_backward(plan, stride, train, saved, cotangents):
 run_edges.defvjp(_run_edges_forward, _run_edges_backward)
 
 
-def cell(inputs: Array, weights: Tree, stats: Tree, mix: Array, keep: Keep, nodes: int, reduce: bool, train: bool):
+def cell(
+    inputs: Array, weights: Tree, stats: Tree, mix: Array, keep: Keep, nodes: int, reduce: bool, train: bool
+) -> tuple[Array, Tree]:
     """One cell: inputs [2, C, H, W, N] (preprocessed) -> ([nodes, C, H', W', N], moments of its batch norms).
 
     weights and stats: {op: {name: [edges of its `stack`, ...]}}. mix [edges, ops].
@@ -234,13 +228,14 @@ def cell(inputs: Array, weights: Tree, stats: Tree, mix: Array, keep: Keep, node
             place = {e: n for n, e in enumerate(stack(keep, k, nodes, reduce)[0])}
             # A dead edge is given row 0: its operation is skipped, so the row is never used.
             rows[OPS[k]] = np.array([place.get(e, 0) for e in edges])
-        weights_e = {op: jax.tree.map(lambda w, op=op: w[rows[op]], weights.get(op, {})) for op in rows}
-        stats_e = {op: jax.tree.map(lambda s, op=op: s[rows[op]], stats.get(op, {})) for op in rows}
-        if stride == 1:  # the identity has neither weights nor batch norm
-            for tree in (weights_e, stats_e):
-                tree.update({op: {} for op in tree if op == "skip_connect"})
-        out, moments = run_edges(plan, stride, train, schedule, source, node, weights_e, stats_e, mix[np.array(edges)])
-        node = out
+        weights_e, stats_e = (
+            {
+                op: jax.tree.map(lambda x, place=place: x[place], tree.get(op, {})) if has_norm(op, stride) else {}
+                for op, place in rows.items()
+            }
+            for tree in (weights, stats)
+        )
+        node, moments = run_edges(plan, stride, train, schedule, source, node, weights_e, stats_e, mix[np.array(edges)])
         for k in ops:
             here = np.array([n for n, e in enumerate(edges) if k in keep[e]])
             part = jax.tree.map(lambda m, here=here: m[here], moments[OPS[k]])

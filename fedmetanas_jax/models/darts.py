@@ -9,10 +9,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fedmetanas_jax.core import Array, SearchSpace, Supernet, Tree
 from fedmetanas_jax.models import cell as cells
 from fedmetanas_jax.models import layers
+from fedmetanas_jax.topology import OPS, edge_ends
 
 Plan = tuple[cells.Keep, cells.Keep]  # operations alive on each edge of normal and reduction cells
 STEM_MULTIPLIER = 3
@@ -20,13 +22,18 @@ STEM_MULTIPLIER = 3
 
 def full_plan(nodes: int) -> Plan:
     """Every operation on every edge."""
-    edges = len(cells.edge_ends(nodes))
-    return ((tuple(range(len(cells.OPS))),) * edges,) * 2
+    edges = len(edge_ends(nodes))
+    return ((tuple(range(len(OPS))),) * edges,) * 2
 
 
 def reductions(length: int) -> tuple[int, ...]:
     """Indices of the reduction cells: a third and two thirds of the way."""
     return tuple(sorted({length // 3, 2 * length // 3}))
+
+
+def declared(key: Array, shape: tuple[int, ...]) -> Array:
+    """Stands where flax wants an initial value; `initial` makes the real ones."""
+    return jnp.zeros(shape)
 
 
 class Norm(nn.Module):
@@ -63,13 +70,12 @@ class Preprocess(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
         fan_in = x.shape[0]
-        init = layers.torch_uniform(fan_in)
         x = jax.nn.relu(x)
         if self.halve:
             half = (self.width // 2, fan_in)
-            x = cells.factorized_reduce(x, self.param("even", init, half), self.param("odd", init, half))
+            x = cells.factorized_reduce(x, self.param("even", declared, half), self.param("odd", declared, half))
         else:
-            x = layers.pointwise(x, self.param("pointwise", init, (self.width, fan_in)))
+            x = layers.pointwise(x, self.param("pointwise", declared, (self.width, fan_in)))
         return Norm((self.width,), name="norm")(x, train)
 
 
@@ -85,9 +91,7 @@ class Operation(nn.Module):
     def __call__(self):
         weights = {}
         for name, shape in cells.op_shapes(self.op, self.width, self.stride).items():
-            # A depthwise kernel [C, k, k] sees k*k inputs, a 1x1 kernel [O, I] sees I.
-            fan_in = int(np.prod(shape[1:]))
-            weights[name] = self.param(name, layers.torch_uniform(fan_in), (self.count, *shape))
+            weights[name] = self.param(name, declared, (self.count, *shape))
         norms = {name: Norm((self.count, self.width), name=name) for name in cells.norm_names(self.op, self.stride)}
         return weights, norms
 
@@ -106,7 +110,7 @@ class Cell(nn.Module):
         s0 = Preprocess(self.width, self.after_reduction, name="preprocess_0")(s0, train)
         s1 = Preprocess(self.width, False, name="preprocess_1")(s1, train)
         weights, norms = {}, {}
-        for k, op in enumerate(cells.OPS):
+        for k, op in enumerate(OPS):
             edges, stride = cells.stack(self.keep, k, self.nodes, self.reduce)
             if edges and cells.has_norm(op, stride):
                 weights[op], norms[op] = Operation(op, self.width, stride, len(edges), name=op)()
@@ -133,12 +137,11 @@ class Darts(nn.Module):
     @nn.compact
     def __call__(self, x: Array, mix: Array, train: bool) -> Array:
         stem = STEM_MULTIPLIER * self.width
-        kernel = self.param("stem", layers.torch_uniform(9 * x.shape[0]), (stem, x.shape[0], 3, 3))
+        kernel = self.param("stem", declared, (stem, x.shape[0], 3, 3))
         norm = Norm((stem,), name="stem_norm")
         x = norm(layers.convolution(x, kernel), train)
-        ones, zeros = (lambda key, shape: jnp.ones(shape)), (lambda key, shape: jnp.zeros(shape))
-        scale = self.param("stem_scale", ones, (stem,)).astype(x.dtype)
-        shift = self.param("stem_shift", zeros, (stem,)).astype(x.dtype)
+        scale = self.param("stem_scale", declared, (stem,)).astype(x.dtype)
+        shift = self.param("stem_shift", declared, (stem,)).astype(x.dtype)
         s0 = s1 = scale[:, None, None, None] * x + shift[:, None, None, None]
         width, after_reduction = self.width, False
         for i in range(self.length):
@@ -148,9 +151,30 @@ class Darts(nn.Module):
             block = Cell(width, self.nodes, self.plan[kind], reduce, after_reduction, name=f"cell_{i}")
             s0, s1, after_reduction = s1, block(s0, s1, mix[kind], train), reduce
         features = jnp.mean(s1.astype(jnp.promote_types(s1.dtype, jnp.float32)), (1, 2))  # [F, N]
-        init = layers.torch_uniform(features.shape[0])
-        kernel = self.param("head_kernel", init, (self.classes, features.shape[0]))
-        return (kernel @ features).T + self.param("head_bias", init, (self.classes,))
+        kernel = self.param("head_kernel", declared, (self.classes, features.shape[0]))
+        return (kernel @ features).T + self.param("head_bias", declared, (self.classes,))
+
+
+def initial(key: Array, shapes: dict) -> dict:
+    """Float32 weights of these shapes, as PyTorch draws them (DARTS sets none itself): U(-1, 1) / sqrt(fan_in).
+
+    All are cut from one draw: XLA takes about half a second to compile each draw of its own.
+    """
+    shapes = {path: leaf.shape for path, leaf in flatten_dict(shapes).items()}
+    ends = np.cumsum([np.prod(shape) for shape in shapes.values()])
+    pieces = jnp.split(jax.random.uniform(key, (ends[-1],), jnp.float32, -1, 1), ends[:-1])
+    features = shapes[("head_kernel",)][-1]
+    values = {}
+    for (path, shape), piece in zip(shapes.items(), pieces, strict=True):
+        if path[-1] in ("stem_scale", "stem_shift"):
+            values[path] = jnp.full(shape, float(path[-1] == "stem_scale"))
+            continue
+        # A kernel [..., k, k] sees a window (the stem's one of every channel); others [..., O, I] see I.
+        inputs = {"stem": shape[1:], "head_bias": (features,)}.get(path[-1], shape[-1:])
+        if path[-1].startswith("depthwise"):
+            inputs = shape[-2:]
+        values[path] = piece.reshape(shape) / np.sqrt(np.prod(inputs))
+    return unflatten_dict(values)
 
 
 def darts(
@@ -180,12 +204,14 @@ def darts(
         )
     plan = full_plan(nodes) if plan is None else plan
     net = Darts(classes, width, length, nodes, plan)
-    mix_shape = (2, len(cells.edge_ends(nodes)), len(cells.OPS))
+    mix_shape = (2, len(edge_ends(nodes)), len(OPS))
 
     def init(key):
         image = jnp.zeros((shape[2], *shape[:2], 1))
-        variables = net.init(key, image, jnp.zeros(mix_shape), False)
-        return variables["params"], variables["batch_stats"]
+        shapes = jax.eval_shape(lambda: net.init(key, image, jnp.zeros(mix_shape), False))
+        stats = flatten_dict(shapes["batch_stats"])
+        stats = {path: jnp.full(x.shape, float(path[-1] == "var")) for path, x in stats.items()}
+        return initial(key, shapes["params"]), unflatten_dict(stats)
 
     def apply(params, stats, image, mix, train):
         x = layers.normalize(image, mean, std, dtype)
@@ -216,7 +242,7 @@ def darts_space(*, nodes: int = 4, length: int = 8, **network) -> SearchSpace:
 
 def multiply_adds(shape, classes: int, width: int, length: int, nodes: int, plan: Plan) -> int:
     """Multiply-adds of convolutions and head for one image; batch norm, pooling and sums are not counted."""
-    ends = cells.edge_ends(nodes)
+    ends = edge_ends(nodes)
     area = shape[0] * shape[1]
     stem = STEM_MULTIPLIER * width
     total = 9 * shape[2] * stem * area
@@ -230,7 +256,7 @@ def multiply_adds(shape, classes: int, width: int, length: int, nodes: int, plan
         for (start, _), ops in zip(ends, plan[int(reduce)], strict=True):
             stride = 2 if reduce and start < 2 else 1
             for k in ops:
-                shapes = cells.op_shapes(cells.OPS[k], width, stride)
+                shapes = cells.op_shapes(OPS[k], width, stride)
                 total += area * sum(int(np.prod(s)) for s in shapes.values())
         before_last, last = last, nodes * width
     return total + last * classes
@@ -246,7 +272,7 @@ def carry_over(tree: Tree, length: int, nodes: int, old: Plan, new: Plan) -> Tre
         reduce = i in reductions(length)
         kind = int(reduce)
         block = dict(tree[f"cell_{i}"])
-        for k, op in enumerate(cells.OPS):
+        for k, op in enumerate(OPS):
             if op not in block:
                 continue
             had, _ = cells.stack(old[kind], k, nodes, reduce)

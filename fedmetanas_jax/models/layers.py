@@ -24,12 +24,6 @@ from fedmetanas_jax.core import Array
 BN_EPSILON = 1e-5  # PyTorch's default, DARTS's value
 
 
-def torch_uniform(fan_in: int):
-    """PyTorch's default initialiser of convolutions and linear layers: U(-1, 1) / sqrt(fan_in)."""
-    bound = fan_in**-0.5
-    return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)
-
-
 def normalize(image: Array, mean: Array, std: Array, dtype) -> Array:
     """uint8 [N, H, W, C] -> dtype [C, H, W, N] with `mean` and `std` [C] in units of 0..1."""
     scaled = (image.astype(jnp.float32) / 255.0 - jnp.asarray(mean)) / jnp.asarray(std)

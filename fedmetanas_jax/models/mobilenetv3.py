@@ -76,7 +76,7 @@ VARIANTS = {
 
 
 def squeezed(expand: int) -> int:
-    """Channels between squeeze and excite: a quarter, as a multiple of 8, at most 10 % below."""
+    """Channels between squeeze and excite: a quarter, as a multiple of 8, at most 10 % below it."""
     quarter = expand / 4
     rounded = max(8, int(quarter + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * quarter else rounded

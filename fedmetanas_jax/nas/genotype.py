@@ -8,7 +8,7 @@ import numpy as np
 from fedmetanas_jax.core import Alpha, Mask
 from fedmetanas_jax.nas import mask as masks
 from fedmetanas_jax.nas import relax
-from fedmetanas_jax.nas.topology import CELL_TYPES, NONE, OPS, edge, num_edges, num_nodes
+from fedmetanas_jax.topology import CELL_TYPES, NONE, OPS, edge, num_edges, num_nodes
 
 Cell = tuple[tuple[tuple[str, int], ...], ...]  # [nodes][inputs kept] -> (operation, input), inputs ascending
 

@@ -6,8 +6,9 @@ always keeps a pair and every edge of that pair an operation.
 
 import jax.numpy as jnp
 
+from fedmetanas_jax import topology
 from fedmetanas_jax.core import Alpha, Array, Mask
-from fedmetanas_jax.nas import relax, topology
+from fedmetanas_jax.nas import relax
 
 Keep = list[list[list[int]]]  # [cell types=2][edges] -> indices of the operations alive
 

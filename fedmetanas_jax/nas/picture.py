@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
 
 from fedmetanas_jax.nas.genotype import Cell, Genotype, input_name
-from fedmetanas_jax.nas.topology import OPS
+from fedmetanas_jax.topology import OPS
 
 # Okabe and Ito's palette, which the colour-blind tell apart; its light tones darkened for use as text.
 _PALETTE = ("#8a8a8a", "#b8860b", "#7a6a00", "#222222", "#0072b2", "#b0578d", "#009e73", "#d55e00")

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+from fedmetanas_jax import topology
 from fedmetanas_jax.core import Alpha, Array, Mask
-from fedmetanas_jax.nas import topology
 
 
 def init_alpha(key: Array, nodes: int) -> Alpha:

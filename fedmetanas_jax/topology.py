@@ -28,6 +28,11 @@ def edge(j: int, i: int) -> int:
     return j * (j + 3) // 2 + i
 
 
+def edge_ends(nodes: int) -> list[tuple[int, int]]:
+    """(input i, node j) of every edge, in order."""
+    return [(i, j) for j in range(nodes) for i in range(j + 2)]
+
+
 def num_edges(nodes: int) -> int:
     """Edges of a cell: 14 for 4 nodes."""
     return edge(nodes, 0)

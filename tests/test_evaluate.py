@@ -1,0 +1,142 @@
+"""Accuracies, recalibration and adaptation on the toy method, recomputed by hand with numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+
+from fedmetanas_jax.core import Net
+from fedmetanas_jax.engine import evaluate as engine
+from fedmetanas_jax.engine.round import cohort, init_state, stream_key, train_examples
+
+CLIENTS, SEED = 7, 5
+
+
+@pytest.fixture(scope="module")
+def data():
+    return toy.make_data(CLIENTS, m=5, q=23)
+
+
+@pytest.fixture(scope="module")
+def net():
+    rng = np.random.default_rng(1)
+    params = {"w": rng.normal(size=(toy.PIXELS, toy.CLASSES)), "b": rng.normal(size=toy.CLASSES)}
+    return jax.tree.map(jnp.float32, Net(params, {"mean": rng.uniform(size=toy.PIXELS)}))
+
+
+def pixels(image):
+    return np.asarray(image, np.float64).reshape(len(image), -1) / 255
+
+
+def logits(net, image, mean):
+    return (pixels(image) - mean) @ np.float64(net.params["w"]) + np.float64(net.params["b"])
+
+
+def by_hand(net, image, label, mean):
+    out = logits(net, image, mean)
+    out = out - out.max(1, keepdims=True)
+    losses = np.log(np.exp(out).sum(1)) - out[np.arange(len(out)), label]
+    return out.argmax(1) == label, losses
+
+
+@pytest.mark.parametrize("batch", [1, 5, 23, 100])
+def test_one_pass_answers_every_central_image_once(data, net, batch):
+    image, label = np.asarray(data.image[60:]), np.asarray(data.label[60:])
+    want, losses = by_hand(net, image, label, np.float64(net.stats["mean"]))
+    got = engine.make_evaluate(toy.ALGORITHM, batch=batch, bn_eval="running")(net, data, None)
+    np.testing.assert_array_equal(got.correct, want)
+    assert got.loss == pytest.approx(losses.mean(), rel=1e-4)
+    assert engine.server_accuracy(got.correct) == pytest.approx(want.mean())
+    assert 0 < want.mean() < 1
+
+
+def test_batch_moments_are_those_of_real_images_in_the_filled_up_chunk_too(data, net):
+    image, label = np.asarray(data.image[60:]), np.asarray(data.label[60:])
+    rows = np.arange(30).reshape(3, 10) % 23  # the last chunk of ten repeats the first seven
+    correct, losses = zip(
+        *[by_hand(net, image[r], label[r], pixels(image[r]).mean(0)) for r in rows], strict=True
+    )
+    got = engine.make_evaluate(toy.ALGORITHM, batch=10, bn_eval="batch")(net, data, None)
+    np.testing.assert_array_equal(got.correct, np.concatenate(correct)[:23])
+    assert got.loss == pytest.approx(np.concatenate(losses)[:23].mean(), rel=1e-4)
+
+
+def test_recalibrated_moments_are_the_mean_over_full_batches(data, net):
+    image = data.image[:11]
+    got = engine.recalibrate(toy.forward, net, image, 4)
+    np.testing.assert_allclose(got.stats["mean"], pixels(image[:8]).mean(0), rtol=1e-5)
+    assert got.params is net.params
+    few = engine.recalibrate(toy.forward, net, image[:3], 4)
+    np.testing.assert_allclose(few.stats["mean"], pixels(image[:3]).mean(0), rtol=1e-5)
+
+
+def test_recalibrated_then_evaluates_as_running(data, net):
+    rows = jnp.arange(12)
+    mean = pixels(data.image[:12]).mean(0)
+    got = engine.make_evaluate(toy.ALGORITHM, batch=6, bn_eval="recalibrated")(net, data, rows)
+    want, losses = by_hand(net, np.asarray(data.image[60:]), np.asarray(data.label[60:]), mean)
+    np.testing.assert_array_equal(got.correct, want)
+    assert got.loss == pytest.approx(losses.mean(), rel=1e-4)
+
+
+def test_unknown_bn_eval_names_the_three(data):
+    for make in (
+        lambda: engine.make_evaluate(toy.ALGORITHM, batch=4, bn_eval="runing"),
+        lambda: engine.make_personal(toy.ALGORITHM, seed=0, batch=4, bn_eval="runing", at_once=1),
+    ):
+        with pytest.raises(ValueError, match="'runing': allowed are 'running', 'batch', 'recalibrated'"):
+            make()
+
+
+def test_local_accuracy_gathers_each_clients_valid_rows(data):
+    correct = np.random.default_rng(2).integers(0, 2, 23).astype(bool)
+    want = [
+        np.mean([correct[row - 60] for row in np.asarray(data.test[k])[: data.test_size[k]]])
+        for k in range(CLIENTS)
+    ]
+    np.testing.assert_allclose(engine.local_accuracy(jnp.asarray(correct), data), want, rtol=1e-6)
+
+
+def test_summary_by_hand():
+    accuracy = jnp.array([0.9, 0.1, 0.5, 0.3, 0.7, 0.2, 0.4, 0.6, 0.8, 1.0, 0.0])
+    got = engine.summary(accuracy)
+    assert got["mean"] == pytest.approx(0.5)
+    assert got["std"] == pytest.approx(np.sqrt(0.1))
+    assert got["worst_tenth"] == pytest.approx(0.05)  # the lowest ceil(11 / 10) = 2
+    assert engine.summary(accuracy[:10])["worst_tenth"] == pytest.approx(0.1)
+
+
+def test_calibration_rows_come_from_the_rounds_cohort(data):
+    chosen = np.asarray(cohort(SEED, 4, CLIENTS, 3))
+    held = [row for k in chosen for row in np.asarray(data.train[k])[: data.train_size[k]]]
+    rows = engine.calibration_rows(data, SEED, jnp.int32(4), 3, len(held))
+    assert sorted(np.asarray(rows)) == sorted(held)
+    more = engine.calibration_rows(data, SEED, jnp.int32(4), 3)
+    np.testing.assert_array_equal(more, np.resize(rows, 2000))
+    assert np.any(more != engine.calibration_rows(data, SEED, jnp.int32(5), 3))
+
+
+@pytest.mark.parametrize("bn_eval", engine.BN_EVAL)
+def test_adapted_accuracy_is_each_clients_own_net_on_its_own_test_rows(data, bn_eval):
+    state = init_state(toy.ALGORITHM, SEED, CLIENTS)._replace(round=jnp.int32(9))
+    want, personalize = [], jax.jit(toy.personalize)
+    for k in range(CLIENTS):
+        own = train_examples(data, k)
+        net = personalize(state.server_state, None, own, stream_key(SEED, "personal", 9, k))
+        rows = np.asarray(data.test[k])[: data.test_size[k]]
+        image, label = np.asarray(data.image)[rows], np.asarray(data.label)[rows]
+        filled = np.resize(image, (data.test.shape[1], *image.shape[1:]))
+        mean = {
+            "running": np.asarray(net.stats["mean"]),
+            "batch": pixels(filled).mean(0),
+            "recalibrated": pixels(own.image).mean(0),
+        }[bn_eval]
+        want.append(by_hand(net, image, label, mean)[0].mean())
+    made = {
+        at_once: engine.make_personal(toy.ALGORITHM, seed=SEED, batch=10, bn_eval=bn_eval, at_once=at_once)
+        for at_once in (0, 1)
+    }
+    for personal in made.values():
+        np.testing.assert_allclose(personal(state, data), want, rtol=1e-6)
+    assert not any(x.is_deleted() for x in jax.tree.leaves(state))
