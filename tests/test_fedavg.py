@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from toy_model import close, examples, model_loss, same, toy_model, unchanged
+from toy_model import close, examples, jit, model_loss, same, toy_model, unchanged
 
 from fedmetanas_jax import local, tree
 from fedmetanas_jax.algorithms import ALGORITHMS
@@ -22,14 +22,14 @@ MODEL = toy_model(hidden=4, centred=True)
 def method(**options):
     algorithm = fedavg(MODEL, Setting(rounds=10, epochs=3, batch=6, augment=unchanged), **options)
     return algorithm._replace(
-        client_update=jax.jit(algorithm.client_update), personalize=jax.jit(algorithm.personalize)
+        client_update=jit(algorithm.client_update), personalize=jit(algorithm.personalize)
     )
 
 
 def train_by_hand(params, stats, data, optimizer, steps):
     """Full-batch steps, whose order of rows does not matter."""
 
-    @jax.jit
+    @jit
     def step(params, stats, state):
         grads, (moments, _) = jax.grad(model_loss(MODEL), has_aux=True)(params, stats, data, KEY)
         updates, state = optimizer.update(grads, state, params)

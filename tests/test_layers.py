@@ -24,8 +24,13 @@ def double():
         yield
 
 
-# Compile time is most of a test's time here, and the machine code need not be fast.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Compile time is most of the time here, and the machine code need not be fast."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def normal(seed, shape):
@@ -63,13 +68,13 @@ def reference_batch_norm(x):
     return (x - mean) / jnp.sqrt(variance + 1e-5)
 
 
-@partial(jit, static_argnums=0)
+@partial(jax.jit, static_argnums=0)
 def value_and_vjp(layer, arguments):
     y, pull = jax.vjp(layer, *arguments)
     return y, pull(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
 
 
-@partial(jit, static_argnums=0)
+@partial(jax.jit, static_argnums=0)
 def second_derivative(layer, arguments):
     """Gradient of (the gradient of a curved loss) along a fixed direction."""
 
@@ -182,7 +187,7 @@ def test_max_pool_gives_the_gradient_to_the_first_of_equals(stride):
 
 def test_max_pool_of_a_flat_image():
     """Output (r, c) of a flat image is won by the upper left pixel of its window that lies inside."""
-    counts = jit(jax.grad(lambda x: layers.max_pool(x).sum()))(jnp.zeros((1, 4, 4, 1)))[0, :, :, 0]
+    counts = jax.jit(jax.grad(lambda x: layers.max_pool(x).sum()))(jnp.zeros((1, 4, 4, 1)))[0, :, :, 0]
     # Rows and columns 0 and 1 are won at 0, row 2 at 1, row 3 at 2.
     np.testing.assert_array_equal(counts, np.outer([2, 1, 1, 0], [2, 1, 1, 0]))
 
@@ -190,7 +195,7 @@ def test_max_pool_of_a_flat_image():
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_avg_pool_keeps_a_constant(dtype, stride):
-    y = jit(layers.avg_pool, static_argnums=1)(jnp.full(SHAPE, 3, dtype), stride)
+    y = jax.jit(layers.avg_pool, static_argnums=1)(jnp.full(SHAPE, 3, dtype), stride)
     np.testing.assert_array_equal(y.astype(jnp.float32), 3)
 
 
@@ -217,11 +222,11 @@ def test_batch_norm_by_hand():
 
 
 def test_no_gradient_through_the_moments():
-    grad = jit(jax.grad(lambda x: sum(m.sum() for m in layers.batch_norm(x)[1:])))(normal(0, SHAPE))
+    grad = jax.jit(jax.grad(lambda x: sum(m.sum() for m in layers.batch_norm(x)[1:])))(normal(0, SHAPE))
     np.testing.assert_array_equal(grad, 0)
 
 
-@jit
+@jax.jit
 def value_and_vjp_of_norm(x):
     out, pull = jax.vjp(layers.batch_norm, x)
     return out, pull(jax.tree.map(jnp.ones_like, out))
@@ -282,7 +287,7 @@ def test_bfloat16_stays_bfloat16(name):
         return y, pull(jnp.ones_like(y))[0]
 
     x = jnp.asarray(wide, jnp.bfloat16)
-    for got, want in zip(jit(run)(x), jit(run)(x.astype(jnp.float32)), strict=True):
+    for got, want in zip(jax.jit(run)(x), jax.jit(run)(x.astype(jnp.float32)), strict=True):
         assert got.dtype == jnp.bfloat16
         np.testing.assert_allclose(got.astype(jnp.float32), want, rtol=0.02, atol=0.02)
 
@@ -292,7 +297,7 @@ def test_moments_and_kernel_gradients_stay_float32():
     _, mean, variance = layers.batch_norm(x)
     assert mean.dtype == variance.dtype == jnp.float32
     kernel = jnp.ones((3, 3, 3), jnp.float32)
-    grad = jit(jax.grad(lambda kernel: layers.depthwise(x, kernel).astype(jnp.float32).sum()))(kernel)
+    grad = jax.jit(jax.grad(lambda kernel: layers.depthwise(x, kernel).astype(jnp.float32).sum()))(kernel)
     assert grad.dtype == jnp.float32
     # The middle tap meets all 8 * 7 * 2 ones, more than bfloat16 could count in steps of 1.
     np.testing.assert_array_equal(grad[:, 1, 1], 112)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from toy_model import close, examples, model_loss, same, toy_model, unchanged
+from toy_model import close, examples, jit, model_loss, same, toy_model, unchanged
 
 from fedmetanas_jax import local, tree
 
@@ -23,7 +23,7 @@ def compiled(model, sgd, batch, epochs, augment):
     params, stats = model.init(jax.random.key(1))
     options = dict(batch=batch, epochs=epochs, augment=augment, momentum=model.momentum)
     loss, optimizer = model_loss(model), local.sgd(*sgd)
-    return jax.jit(lambda data: local.fit(loss, optimizer, params, stats, data, KEY, **options))
+    return jit(lambda data: local.fit(loss, optimizer, params, stats, data, KEY, **options))
 
 
 def fit(data, *, model=None, sgd=(0.1, 0.9, 0.1), batch=4, epochs=2, augment=unchanged):
@@ -124,7 +124,7 @@ def test_sgd_clips_then_decays_then_adds_momentum():
 def test_sgd_takes_a_traced_rate():
     params = jnp.array([1.0])
 
-    @jax.jit
+    @jit
     def step(lr):
         optimizer = local.sgd(lr)
         return optimizer.update(jnp.array([2.0]), optimizer.init(params), params)[0]
@@ -134,7 +134,7 @@ def test_sgd_takes_a_traced_rate():
 
 
 def test_cosine_end_points():
-    lr = jax.jit(local.cosine(100, 0.025, 0.001))
+    lr = jit(local.cosine(100, 0.025, 0.001))
     np.testing.assert_allclose([lr(0), lr(50), lr(100), lr(140)], [0.025, 0.013, 0.001, 0.001], rtol=1e-5)
 
 
@@ -162,7 +162,7 @@ def test_one_batch_is_one_optimizer_step():
     sgd = (0.1, 0.9, 1e-2, 0.5)
     optimizer = local.sgd(*sgd)
 
-    @jax.jit
+    @jit
     def step(params):
         gradient = jax.value_and_grad(model_loss(model), has_aux=True)
         (value, (moments, _)), grads = gradient(params, stats, data, KEY)
@@ -183,7 +183,7 @@ def test_momentum_lasts_through_the_epochs():
     optimizer = local.sgd(0.1, 0.9, 0.1)
     fitted, *_ = fit(data, model=model, batch=6, epochs=3)
 
-    @jax.jit
+    @jit
     def step(params, state):
         grads = jax.grad(model_loss(model), has_aux=True)(params, stats, data, KEY)[0]
         updates, state = optimizer.update(grads, state, params)
@@ -259,5 +259,5 @@ def test_the_gradient_is_traced_once():
 
     params, stats = model.init(jax.random.key(1))
     run = dict(batch=4, epochs=3, augment=unchanged, momentum=0.1)
-    jax.jit(lambda d: local.fit(loss, optax.sgd(0.1), params, stats, d, KEY, **run)).lower(examples(12))
+    jit(lambda d: local.fit(loss, optax.sgd(0.1), params, stats, d, KEY, **run)).lower(examples(12))
     assert len(traces) == 1

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from toy_model import close, examples, model_loss, same, toy_model, unchanged
+from toy_model import close, examples, jit, model_loss, same, toy_model, unchanged
 
 from fedmetanas_jax import local, maml, tree
 from fedmetanas_jax.core import Examples
@@ -28,7 +28,7 @@ def curvature(a) -> Examples:
 def meta_gradient(loss, variables, stats, support, query, *, eta, **options):
     options.setdefault("optimizer", optax.sgd(eta))
 
-    @jax.jit
+    @jit
     def run(variables, support, query):
         return maml.meta_gradient(loss, variables, stats, support, query, KEY, **options)
 
@@ -77,7 +77,7 @@ def test_first_order_is_the_gradient_through_a_stopped_inner_loop(steps):
             params = jax.tree.map(lambda p, g: p - 0.5 * jax.lax.stop_gradient(g), params, grads)
         return loss(params, stats, query, KEY)[0]
 
-    value, expected = jax.jit(jax.value_and_grad(by_hand))(params)
+    value, expected = jit(jax.value_and_grad(by_hand))(params)
     grads, moments, metrics = meta_gradient(loss, params, stats, support, query, steps=steps, eta=0.5)
     close(grads, expected)
     np.testing.assert_allclose(moments["mean"], np.mean(query.image, axis=0).ravel() / 255, rtol=1e-5)
@@ -94,7 +94,7 @@ def test_second_order_is_the_gradient_through_the_whole_inner_loop():
         return loss(params, stats, query, KEY)[0]
 
     both = [meta_gradient(loss, params, stats, support, query, steps=2, order=o, eta=0.5) for o in (1, 2)]
-    close(both[1][0], jax.jit(jax.grad(by_hand))(params))
+    close(both[1][0], jit(jax.grad(by_hand))(params))
     close(both[0][1:], both[1][1:])  # the same point, so the same loss and moments
     assert tree.global_norm(tree.sub(both[0][0], both[1][0])) > 1e-2 * tree.global_norm(both[1][0])
 
@@ -145,7 +145,7 @@ def compiled(steps, eta=0.5, epochs=3, tasks="split"):
     params, stats = model.init(jax.random.key(1))
     loss, task = model_loss(model), optax.sgd(eta)
     options = dict(batch=4, epochs=epochs, augment=unchanged, momentum=0.1, steps=steps, tasks=tasks)
-    return jax.jit(lambda data: maml.fit(loss, task, META, params, stats, data, KEY, **options))
+    return jit(lambda data: maml.fit(loss, task, META, params, stats, data, KEY, **options))
 
 
 def fit(data, **options):
@@ -161,7 +161,7 @@ def test_without_adaptation_it_is_sgd_on_the_query(steps, eta):
     query = jax.tree.map(lambda x: x[1::2], data)
     options = dict(batch=4, epochs=3, augment=unchanged, momentum=model.momentum)
     loss = model_loss(model)
-    run = jax.jit(lambda data: local.fit(loss, META, plain, plain_stats, data, KEY, **options))
+    run = jit(lambda data: local.fit(loss, META, plain, plain_stats, data, KEY, **options))
     plain, plain_stats, plain_metrics = run(query)
     close(params, plain)
     close(stats, plain_stats)
@@ -176,7 +176,7 @@ def test_meta_steps_by_hand():
     params, stats = model.init(jax.random.key(1))
     support, query = (jax.tree.map(lambda x, i=i: x[i::2], data) for i in (0, 1))
 
-    @jax.jit
+    @jit
     def task(params, stats, state):
         (before, _), inner = jax.value_and_grad(loss, has_aux=True)(params, stats, support, KEY)
         adapted = jax.tree.map(lambda p, g: p - 0.5 * g, params, inner)
@@ -232,5 +232,5 @@ def test_the_gradient_is_traced_once_for_support_and_query():
         return inner(*args)
 
     task, options = optax.sgd(0.1), dict(batch=4, epochs=2, augment=unchanged, momentum=0.1, steps=3)
-    jax.jit(lambda data: maml.fit(loss, task, META, params, stats, data, KEY, **options)).lower(examples(16))
+    jit(lambda data: maml.fit(loss, task, META, params, stats, data, KEY, **options)).lower(examples(16))
     assert len(traces) == 1

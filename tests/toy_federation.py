@@ -10,22 +10,22 @@ from fedmetanas_jax.models.darts import darts_space
 from fedmetanas_jax.models.mobilenetv3 import mobilenetv3
 
 CLIENTS, COHORT, CLASSES = 6, 3, 4
-SETTING = Setting(rounds=12, epochs=2, batch=4, augment=lambda key, image: image)
+SETTING = Setting(rounds=60, epochs=3, batch=4, augment=lambda key, image: image)
 SHAPE = {"shape": (8, 8, 1), "classes": CLASSES, "mean": (0.5,), "std": (0.25,)}
 NAMES = sorted(ALGORITHMS)
 
 
 def federation(seed: int = 0) -> FederatedData:
-    """A class lights up its own quarter of the image; clients hold 9 to 14 of 60 training images."""
+    """A class lights up its own quarter of the image; clients hold 17 to 26 of 100 training images."""
     rng = np.random.default_rng(seed)
-    label = np.arange(90) % CLASSES
-    image = rng.integers(0, 100, (90, 8, 8, 1))
+    label = np.arange(130) % CLASSES
+    image = rng.integers(0, 100, (130, 8, 8, 1))
     for n, quarter in enumerate(label):
         row, column = 4 * (quarter // 2), 4 * (quarter % 2)
         image[n, row : row + 4, column : column + 4] += 120
-    size = np.array([9, 14, 12, 14, 10, 13])
-    train = np.stack([np.resize(rng.permutation(60)[:n], 14) for n in size])
-    test = np.stack([60 + rng.permutation(30)[:8] for _ in size])
+    size = np.array([17, 26, 20, 24, 18, 25])
+    train = np.stack([np.resize(rng.permutation(100)[:n], 26) for n in size])
+    test = np.stack([100 + rng.permutation(30)[:8] for _ in size])
     return FederatedData(
         image=jnp.asarray(image, jnp.uint8),
         label=jnp.asarray(label, jnp.int32),
@@ -33,15 +33,15 @@ def federation(seed: int = 0) -> FederatedData:
         train_size=jnp.asarray(size, jnp.int32),
         test=jnp.asarray(test, jnp.int32),
         test_size=jnp.full(CLIENTS, 8, jnp.int32),
-        central=jnp.arange(60, 90, dtype=jnp.int32),
+        central=jnp.arange(100, 130, dtype=jnp.int32),
     )
 
 
-def phases(name: str, setting: Setting = SETTING, **options) -> list[Phase]:
-    """The method's phases over the smallest network that has all its parts."""
+def phases(name: str, setting: Setting = SETTING, nodes: int = 2, **options) -> list[Phase]:
+    """The method's phases over a small network; 2 nodes are the fewest that have pairs to choose from."""
     factory = ALGORITHMS[name]
     if searches(factory):
-        made = factory(darts_space(**SHAPE, width=4, length=1, nodes=2), setting, **options)
+        made = factory(darts_space(**SHAPE, width=4, length=1, nodes=nodes), setting, **options)
     else:
         made = factory(mobilenetv3(**SHAPE, variant="tiny"), setting, **options)
     return one_phase(made) if isinstance(made, Algorithm) else made

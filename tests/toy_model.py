@@ -1,6 +1,6 @@
 """A Model small enough for hand calculation: one or two layers on 8x8x1 images, one running statistic."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,9 @@ from fedmetanas_jax import local
 from fedmetanas_jax.core import Examples, Model
 
 PIXELS = 64
+
+# Compile time is most of a test's time here, and the machine code need not be fast.
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @lru_cache  # equal arguments, equal functions: what is compiled with them is shared between tests

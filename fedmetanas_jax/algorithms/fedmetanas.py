@@ -91,6 +91,15 @@ def fedmetanas(
       tasks: how an epoch is cut into support and query (D-7).
     """
 
+    _check(M=(M, M >= 0, "0 or more"), order=(order, order in (1, 2), "1 or 2"))
+    _check(prune_from=(prune_from, 0 <= prune_from <= prune_until <= 1, f"0 to prune_until = {prune_until}, that to 1"))
+    _check(prune_every=(prune_every, prune_every >= 1, "at least 1 round"))
+    _check(threshold=(threshold, 0 <= threshold < 1, "from 0 to below 1"))
+    _check(temperature=(temperature, temperature > 0, "positive"))
+    _check(temperature_end=(temperature_end, temperature_end > 0, "positive"))
+    _check(temperature_until=(temperature_until, 0 < temperature_until <= 1, "above 0, at most 1"))
+    _check(adapt_epochs=(adapt_epochs, adapt_epochs >= 0, "0 or more"))
+
     def share(round: Array) -> Array:
         return round / setting.rounds
 
@@ -196,6 +205,12 @@ def fedmetanas(
     return [search] + [
         Phase(t, lambda server, final=t == last: prune(server, final), make) for t in events if t < setting.rounds
     ]
+
+
+def _check(**options: tuple) -> None:
+    for name, (value, good, allowed) in options.items():
+        if not good:
+            raise ValueError(f"{name} is {value}; it must be {allowed}")
 
 
 def _each(params: optax.GradientTransformation, alpha: optax.GradientTransformation):

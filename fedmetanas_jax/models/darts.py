@@ -167,7 +167,7 @@ def initial(key: Array, shapes: dict) -> dict:
     values = {}
     for (path, shape), piece in zip(shapes.items(), pieces, strict=True):
         if path[-1] in ("stem_scale", "stem_shift"):
-            values[path] = jnp.full(shape, float(path[-1] == "stem_scale"))
+            values[path] = jnp.full(shape, path[-1] == "stem_scale", jnp.float32)
             continue
         # A kernel [..., k, k] sees a window (the stem's one of every channel); others [..., O, I] see I.
         inputs = {"stem": shape[1:], "head_bias": (features,)}.get(path[-1], shape[-1:])
@@ -210,7 +210,7 @@ def darts(
         image = jnp.zeros((shape[2], *shape[:2], 1))
         shapes = jax.eval_shape(lambda: net.init(key, image, jnp.zeros(mix_shape), False))
         stats = flatten_dict(shapes["batch_stats"])
-        stats = {path: jnp.full(x.shape, float(path[-1] == "var")) for path, x in stats.items()}
+        stats = {path: jnp.full(x.shape, path[-1] == "var", jnp.float32) for path, x in stats.items()}
         return initial(key, shapes["params"]), unflatten_dict(stats)
 
     def apply(params, stats, image, mix, train):

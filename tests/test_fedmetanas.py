@@ -1,0 +1,167 @@
+"""FedMetaNAS: its schedules, what pruning may and may not change, and what it counts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy_federation import CLIENTS, COHORT, SETTING, federation, first_algorithm, phases
+
+from fedmetanas_jax.core import Alpha
+from fedmetanas_jax.engine.round import client_key, init_state, make_round, train_examples
+from fedmetanas_jax.nas import mask as masks
+
+SEED = 5
+DATA = federation()
+
+
+@pytest.fixture(scope="module")
+def search():
+    """The full program: (algorithm, compiled client update)."""
+    algorithm = first_algorithm("fedmetanas")
+    return algorithm, jax.jit(algorithm.client_update)
+
+
+def server_at(algorithm, round: int, alpha: Alpha | None = None):
+    server = init_state(algorithm, SEED, CLIENTS).server_state
+    return server._replace(round=jnp.int32(round), alpha=server.alpha if alpha is None else alpha)
+
+
+def clear_alpha(server) -> Alpha:
+    """Logits of which some weigh less than 1 % and one is far ahead, differently on every edge."""
+    rng = np.random.default_rng(0)
+    return Alpha(*(jnp.asarray(6 * rng.normal(size=x.shape), jnp.float32) for x in server.alpha))
+
+
+def test_prune_events_of_the_paper_sized_run():
+    starts = [phase.start for phase in phases("fedmetanas", SETTING._replace(rounds=1000))]
+    assert starts == [0, 300, 350, 400, 450, 500, 550, 600, 650, 700, 750, 800]
+
+
+def test_temperature_falls_linearly_and_stays(search):
+    algorithm, _ = search
+    at = [float(algorithm.report(server_at(algorithm, t))["temperature"]) for t in (0, 24, 48, 60)]
+    np.testing.assert_allclose(at, [1.0, 0.55, 0.1, 0.1], rtol=1e-6)  # 60 rounds, down to 0.1 at round 48
+
+
+def test_alphas_stand_still_in_warm_up_and_move_after_it(search):
+    algorithm, client_update = search
+    key = client_key(SEED, jnp.int32(0), jnp.int32(1))
+    for round, moves in ((0, False), (2, False), (3, True)):  # 5 % of 60 rounds
+        server = server_at(algorithm, round)
+        out = client_update(server, (), train_examples(DATA, 1), key)
+        changed = [bool(jnp.any(x != y)) for x, y in zip(out.update[2], server.alpha, strict=True)]
+        assert changed == [moves] * 2
+        assert all(jnp.any(x != y) for x, y in zip(*map(jax.tree.leaves, (out.update[0], server.params)), strict=True))
+
+
+def test_image_gradients_count_support_and_query(search):
+    algorithm, client_update = search
+    for client in range(3):
+        own = train_examples(DATA, client)
+        out = client_update(server_at(algorithm, 4), (), own, client_key(SEED, jnp.int32(4), jnp.int32(client)))
+        held = int(DATA.train_size[client])
+        assert out.weight == held
+        # The remainder of an epoch that fills no pair of batches is dropped (D-37).
+        assert out.metrics["image_gradients"] == SETTING.epochs * (held // 8) * 8
+
+
+def test_pruned_logits_do_not_move(search):
+    """Neither by a client's steps, momentum and decay, nor by the server's mean."""
+    algorithm, client_update = search
+    server = server_at(algorithm, 30)
+    alpha = clear_alpha(server)
+    server = server._replace(alpha=alpha, mask=masks.prune(alpha, server.mask, 0.5, 0.01))
+    updates = [
+        client_update(server, (), train_examples(DATA, k), client_key(SEED, jnp.int32(30), jnp.int32(k))).update
+        for k in range(2)
+    ]
+    mean = jax.tree.map(lambda x, y: 0.3 * x + 0.7 * y, *updates)
+    after = algorithm.server_update(server, mean)
+    for alive, before, now in zip(server.mask, server.alpha, after.alpha, strict=True):
+        assert not jnp.all(alive)
+        np.testing.assert_array_equal(before[~alive], now[~alive])
+        assert jnp.any(before[alive] != now[alive])
+
+
+def test_a_prune_event_enters_a_smaller_program_of_the_same_function(search):
+    """The full program with the new mask and the cut one answer alike, soft and discrete, and train alike."""
+    algorithm, client_update = search
+    listed = phases("fedmetanas", prune_every=6)
+    server = server_at(algorithm, listed[1].start)
+    server = server._replace(alpha=clear_alpha(server))
+    plan, cut = listed[1].enter(server)
+    small = listed[1].make(plan)
+    full = server._replace(mask=cut.mask)
+
+    alive, pairs = (int(x) for x in masks.alive(cut.mask))
+    assert alive < 80
+    assert pairs < 8
+    count = [sum(x.size for x in jax.tree.leaves(s.params)) for s in (full, cut)]
+    assert count[1] < count[0]
+    assert small.macs < algorithm.macs
+
+    images = DATA.image[DATA.central]
+    for model in ("global_model", "discrete_model"):
+        logits = [
+            jax.jit(a.forward, static_argnums=2)(getattr(a, model)(s), images, False)[0]
+            for a, s in ((algorithm, full), (small, cut))
+        ]
+        np.testing.assert_allclose(*logits, rtol=0, atol=1e-5)
+
+    key = client_key(SEED, jnp.int32(18), jnp.int32(2))
+    whole = client_update(full, (), train_examples(DATA, 2), key)
+    part = jax.jit(small.client_update)(cut, (), train_examples(DATA, 2), key)
+    np.testing.assert_allclose(whole.metrics["loss"], part.metrics["loss"], rtol=1e-4)
+    for x, y in zip(whole.update[2], part.update[2], strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=2e-4)
+
+
+def test_after_the_last_event_soft_and_discrete_are_one_network(search):
+    algorithm, _ = search
+    last = phases("fedmetanas")[-1]
+    server = server_at(algorithm, last.start)
+    plan, cut = last.enter(server)
+    assert [sum(map(len, kind)) for kind in plan] == [4, 4]  # two nodes, two edges each, one operation an edge
+    small = last.make(plan)
+    images = DATA.image[DATA.central]
+    forward = jax.jit(small.forward, static_argnums=2)
+    soft, discrete = (forward(model(cut), images, False)[0] for model in (small.global_model, small.discrete_model))
+    np.testing.assert_array_equal(soft, discrete)
+
+
+def test_without_terminal_only_the_threshold_prunes():
+    last = phases("fedmetanas", terminal=False)[-1]
+    algorithm = first_algorithm("fedmetanas")
+    plan, _ = last.enter(server_at(algorithm, last.start))
+    assert plan == masks.full_keep(2)  # logits of 1e-3 leave no weight below 1 %
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"M": -1}, "M is -1"),
+        ({"prune_from": 0.9}, "prune_from is 0.9"),
+        ({"prune_every": 0}, "prune_every is 0"),
+        ({"threshold": 1.0}, "threshold is 1.0"),
+        ({"temperature_end": 0.0}, "temperature_end is 0.0"),
+        ({"temperature_until": 0.0}, "temperature_until is 0.0"),
+        ({"order": 3}, "order is 3"),
+    ],
+)
+def test_options_that_cannot_be_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        phases("fedmetanas", **options)
+
+
+def test_second_order_and_more_inner_steps_run_and_differ():
+    setting = SETTING._replace(epochs=1)
+    losses = []
+    for options in ({"M": 2, "task_lr": 0.5}, {"M": 2, "task_lr": 0.5, "order": 2}):
+        algorithm = first_algorithm("fedmetanas", setting, nodes=1, **options)
+        step = make_round(algorithm, seed=SEED, cohort_size=COHORT, at_once=1)
+        state, metrics = step(init_state(algorithm, SEED, CLIENTS), DATA, jnp.int32(1))
+        assert metrics["finite"].all()
+        losses.append(float(jnp.sum(jnp.abs(state.server_state.params["head_kernel"]))))
+        held = np.asarray(DATA.train_size)[np.asarray(metrics["client"][0])]
+        np.testing.assert_array_equal(metrics["image_gradients"][0], (held // 8) * 4 * 3)
+    assert losses[0] != losses[1]
