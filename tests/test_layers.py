@@ -25,14 +25,6 @@ def double():
 
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compile time is most of the time here, and the machine code need not be fast."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def normal(seed, shape):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
 
