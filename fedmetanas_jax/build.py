@@ -20,6 +20,7 @@ from fedmetanas_jax.engine import run as engine
 from fedmetanas_jax.engine.checkpoint import CheckpointError
 from fedmetanas_jax.engine.evaluate import calibration_rows, recalibrate
 from fedmetanas_jax.engine.mesh import clients_mesh
+from fedmetanas_jax.engine.report import NonFiniteError
 from fedmetanas_jax.models.darts import darts_space
 from fedmetanas_jax.models.mobilenetv3 import mobilenetv3
 from fedmetanas_jax.nas import genotype as genotypes
@@ -27,7 +28,7 @@ from fedmetanas_jax.nas import mask as masks
 from fedmetanas_jax.nas import picture as cell_picture
 from fedmetanas_jax.options import UsageError
 
-FAILURES = (UsageError, sources.DataError, records.WorkdirError, CheckpointError, engine.NonFiniteError)
+FAILURES = (UsageError, sources.DataError, records.WorkdirError, CheckpointError, NonFiniteError)
 CACHE = "~/.cache/fedmetanas_jax/xla"  # compiled programs, unless JAX_COMPILATION_CACHE_DIR says otherwise
 
 

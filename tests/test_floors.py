@@ -140,7 +140,9 @@ def written_for_one_client(path, tree):
     """Compiling, batching over clients, devices, host randomness, configs and logs are other floors' work."""
     if room(path) not in ("algorithms", "local", "maml"):
         return
-    machinery = {"jit", "vmap", "pmap", "shard_map"}
+    machinery = {"jit", "pmap", "shard_map"}
+    if room(path) != "local":  # which draws the batches of all epochs at once
+        machinery.add("vmap")
     modules = ("numpy.random", "random", "logging", "absl.logging", f"{PACKAGE}.config")
     for line, module, _ in imports(path, tree):
         if any(within(module, name) for name in modules) or module.split(".")[-1] in machinery:

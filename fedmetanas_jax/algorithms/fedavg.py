@@ -12,6 +12,8 @@ from fedmetanas_jax.core import Algorithm, Array, ClientUpdate, Model, Net, Sett
 
 
 class ServerState(NamedTuple):
+    """What the server keeps between rounds."""
+
     round: Array  # [] int32
     params: Tree  # w_t
     stats: Tree  # running statistics, averaged like the weights (D-10)
@@ -28,7 +30,14 @@ def fedavg(
     clip: float | None = None,
     finetune_epochs: int = 1,
 ) -> Algorithm:
-    """One global model of fixed architecture; lr -> lr_end is a cosine over the rounds (D-23, D-31)."""
+    """Federated averaging of one network of fixed architecture.
+
+    Paper: McMahan et al., AISTATS 2017
+
+    Args:
+      lr, lr_end, momentum, weight_decay, clip: local SGD, cosine over the rounds (D-23, D-31), reset each round.
+      finetune_epochs: of the same SGD on a client's own images before its local accuracy "after adaptation" (D-27).
+    """
     lr_of = local.cosine(setting.rounds, lr, lr_end)
 
     def loss(params, stats, batch, key):

@@ -6,7 +6,6 @@ when is a function of the round's number alone, so a resumed run does what an un
 """
 
 import json
-import resource
 import signal
 import sys
 import time
@@ -21,15 +20,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fedmetanas_jax.core import Algorithm, FederatedData, Net, Phase, RoundState
-from fedmetanas_jax.engine import evaluate, records
+from fedmetanas_jax.engine import evaluate, records, report
 from fedmetanas_jax.engine.checkpoint import Checkpoints
 from fedmetanas_jax.engine.mesh import put_data
 from fedmetanas_jax.engine.progress import Progress
 from fedmetanas_jax.engine.round import init_state, make_round, payload
-
-
-class NonFiniteError(ArithmeticError):
-    """A number became infinite or NaN. The message is one line for the user."""
 
 
 class Plan(NamedTuple):
@@ -157,8 +152,8 @@ def run(
                 metrics = jax.tree.map(np.asarray, metrics)  # waits for the device
                 compiling = programs.spent_compiling()
                 seconds = (time.perf_counter() - start - compiling) / (stop - done)
-                lines = _lines(metrics, done, stop, seconds, phase, algorithm, bytes_a_client, plan.cohort)
-                _check(metrics, done, checkpoints)
+                lines = report.lines(metrics, done, stop, seconds, phase, algorithm, bytes_a_client)
+                report.check_finite(metrics, done, stop, checkpoints.candidates())
                 done = stop
 
                 last = lines[-1]
@@ -190,31 +185,7 @@ def run(
                     show.round(line)
                 if done == plan.rounds or done % plan.checkpoint_every == 0:
                     _save(checkpoints, done, state, phase, shape)
-    return algorithm, state, summarize(records.read(log))
-
-
-def summarize(lines: list[dict]) -> dict:
-    """The figures a run reports: last and best accuracies, seconds, memory (D-35: mean of the last 20 rounds)."""
-    scored = [line for line in lines if "server_accuracy" in line]
-    recent = [line["server_accuracy"] for line in scored if line["round"] > lines[-1]["round"] - 20]
-    best = max(scored, key=lambda line: line["server_accuracy"])
-    seconds = [line["seconds"] for line in lines]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    names = ("server_accuracy", "server_accuracy_discrete", "local_accuracy", "local_accuracy_adapted")
-    return {
-        "rounds": lines[-1]["round"],
-        **{name: scored[-1][name] for name in names if name in scored[-1]},
-        "server_accuracy_last_20_rounds": sum(recent) / len(recent),
-        "server_accuracy_best": {"round": best["round"], "accuracy": best["server_accuracy"]},
-        "seconds_in_rounds": sum(seconds),
-        "seconds_a_round_median": float(np.median(seconds)),
-        "seconds_compiling": sum(line.get("compile_seconds", 0.0) for line in lines),
-        "image_gradients": sum(line["image_gradients"] for line in lines),
-        "macs": sum(line["macs"] for line in lines),
-        "bytes_up": sum(line["bytes_up"] for line in lines),
-        "bytes_down": sum(line["bytes_down"] for line in lines),
-        "host_memory_peak_bytes_of_this_process": peak,
-    }
+    return algorithm, state, report.summarize(records.read(log))
 
 
 class _Interrupt:
@@ -253,37 +224,6 @@ def _next_stop(done: int, plan: Plan, phases: list[Phase], phase: int, limit: in
 
 def _due(done: int, every: int, last: int | None) -> bool:
     return done == last or (every > 0 and done % every == 0)
-
-
-def _lines(metrics, start, stop, seconds, phase, algorithm, bytes_a_client, cohort) -> list[dict]:
-    """One record a round, from metrics whose leaves lead with the rounds of the dispatch."""
-    lines = []
-    for i in range(stop - start):
-        row = {name: x[i] for name, x in metrics.items() if name not in ("client", "finite")}
-        gradients = float(np.sum(row.pop("image_gradients")))
-        line = {"round": start + i + 1, "phase": phase, "seconds": seconds}
-        line |= {name: float(np.mean(x)) for name, x in row.items()}
-        line |= {"cohort": metrics["client"][i].tolist(), "image_gradients": gradients}
-        # A backward pass costs about two forward passes.
-        line |= {"macs": 3 * algorithm.macs * gradients}
-        line |= {name: n * cohort for name, n in bytes_a_client.items()}
-        lines.append(line)
-    return lines
-
-
-def _check(metrics: dict, start: int, checkpoints: Checkpoints) -> None:
-    """NonFiniteError with round, client and quantity of the first number that is none."""
-    for i in range(len(metrics["client"])):
-        for place, client in enumerate(metrics["client"][i]):
-            for name, x in metrics.items():
-                value = x[i] if x.ndim == 1 else x[i, place]
-                bad = not value if name == "finite" else not np.isfinite(value)
-                if bad and (x.ndim == 2 or place == 0):
-                    what = "its update (weights, statistics or alphas)" if name == "finite" else f"{name} = {value}"
-                    saved = checkpoints.candidates()
-                    kept = f"the checkpoint of round {saved[0]} is kept" if saved else "there is no checkpoint yet"
-                    where = f"client {client}" if x.ndim == 2 else "the server"
-                    raise NonFiniteError(f"round {start + i + 1}, {where}: {what} is not finite; {kept}")
 
 
 def _evaluate(programs: Programs, state: RoundState, line: dict) -> None:

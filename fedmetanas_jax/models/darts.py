@@ -42,14 +42,17 @@ class Norm(nn.Module):
     shape: tuple[int, ...]  # [..., C]: moments of one or of several norms
 
     def setup(self):
+        """Declares the statistics: mean 0, variance 1."""
         self.mean = self.variable("batch_stats", "mean", jnp.zeros, self.shape)
         self.variance = self.variable("batch_stats", "var", jnp.ones, self.shape)
 
     @property
-    def moments(self):
+    def moments(self) -> tuple[Array, Array]:
+        """(mean, variance) as they are."""
         return self.mean.value, self.variance.value
 
-    def put(self, moments):
+    def put(self, moments: tuple[Array, Array]) -> None:
+        """Replaces them, unless the module is only being declared."""
         if not self.is_initializing():
             self.mean.value, self.variance.value = moments
 

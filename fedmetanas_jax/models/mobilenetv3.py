@@ -33,6 +33,8 @@ class Row(NamedTuple):
 
 
 class Variant(NamedTuple):
+    """The numbers of one network."""
+
     stem: int  # channels of the stem
     rows: tuple[Row, ...]
     last: int  # channels of the last 1x1 convolution
