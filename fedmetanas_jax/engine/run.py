@@ -58,6 +58,11 @@ class Programs:
             "adaptation": evaluate.make_personal(algorithm, **sizes, **common),
         }
         self._compiled: dict = {}
+        # Small, but operation by operation they would be compiled a hundred times over.
+        self.global_model, self.discrete_model, self.report = (
+            jax.jit(made) if made else None
+            for made in (algorithm.global_model, algorithm.discrete_model, algorithm.report)
+        )
 
     def __call__(self, name: str, *arguments):
         if name not in self._compiled:
@@ -85,6 +90,110 @@ class Programs:
         return float(evaluate.server_accuracy(correct)), _floats(local), float(loss)
 
 
+class Course:
+    """Where a run stands: its phase, that phase's programs, and the state between two rounds."""
+
+    def __init__(
+        self, phases: list[Phase], data: FederatedData, plan: Plan, mesh: Mesh | None, checkpoints: Checkpoints
+    ):
+        self.phases, self.plan, self.mesh, self.checkpoints = phases, plan, mesh, checkpoints
+        self.data = put_data(data, mesh)
+        self._made: dict[str, Algorithm] = {}
+
+    def begin(self, say: Callable[[str], None]) -> None:
+        """Restores the newest good checkpoint, or starts at round 0."""
+        restored = self.checkpoints.restore_newest(self._template, say)
+        if restored is None:
+            self.phase, (self.shape, _) = 0, self.phases[0].enter(None)
+            state = init_state(self._algorithm_of(0, self.shape), self.plan.seed, self.plan.clients)
+        else:
+            _, meta, state = restored
+            self.phase, self.shape = meta["phase"], meta["plan"]
+            say(f"resuming after round {int(state.round)} of {self.plan.rounds}")
+        self.done = int(state.round)
+        self.state = put_data(state, self.mesh)
+        self._load_programs(say)
+
+    def advance(self, limit: int) -> list[dict]:
+        """Runs the rounds up to the next one after which the host has something to do -> their records."""
+        start, stop = self.done, self._next_stop(limit)
+        clock = time.perf_counter()
+        self.state, metrics = self.programs("round", self.state, self.data, jnp.int32(stop))
+        metrics = jax.tree.map(np.asarray, metrics)  # waits for the device
+        seconds = (time.perf_counter() - clock - self.programs.seconds) / (stop - start)
+        report.check_finite(metrics, start, stop, self.checkpoints.candidates())
+        self.done = stop
+        return report.lines(metrics, start, stop, seconds, self.phase, self.algorithm, self.bytes_a_client)
+
+    def evaluate(self, line: dict) -> None:
+        """Adds what is due after this round to its record."""
+        plan = self.plan
+        if _due(self.done, plan.eval_every, plan.rounds) and self.programs.global_model is not None:
+            net = self.programs.global_model(self.state.server_state)
+            server, local, loss = self.programs.accuracies(net, self.state)
+            line |= {"server_accuracy": server, "local_accuracy": local, "server_loss": loss}
+            if self.programs.discrete_model is not None:
+                discrete = self.programs.discrete_model(self.state.server_state)
+                # Once a single operation an edge is left the two are one network.
+                same = bool(jnp.array_equal(discrete.mix, net.mix))
+                line["server_accuracy_discrete"] = server if same else self.programs.accuracies(discrete, self.state)[0]
+        if _due(self.done, plan.adapt_every, plan.rounds if plan.final_adapt else None):
+            accuracy = self.programs("adaptation", self.state, self.data)
+            line["local_accuracy_adapted"] = _floats(evaluate.summary(accuracy))
+
+    def enter_next_phase(self, line: dict, say: Callable[[str], None]) -> float:
+        """If the next phase starts here, enters it and records the accuracy on both sides of the step.
+
+        Returns the seconds of compiling that the old phase's programs still had to account for.
+        """
+        if self.phase + 1 == len(self.phases) or self.phases[self.phase + 1].start != self.done:
+            return 0.0
+        before = after = line.get("server_accuracy") or self._server_accuracy()
+        seconds = self.programs.spent_compiling()
+        self.phase += 1
+        self.shape, server_state = self.phases[self.phase].enter(self.state.server_state)
+        self.state = put_data(self.state._replace(server_state=server_state), self.mesh)
+        if self._algorithm_of(self.phase, self.shape) is not self.algorithm:
+            self._load_programs(say)
+            after = self._server_accuracy()
+        line |= {"event": "prune", "event_accuracy_before": before, "event_accuracy_after": after}
+        line |= {f"event_{name}": float(x) for name, x in self.programs.report(server_state).items()}
+        say(f"pruned after round {self.done}: server accuracy {before:.4f} -> {after:.4f}")
+        return seconds
+
+    def save(self) -> None:
+        """A checkpoint of this moment, unless there is one."""
+        if self.done not in self.checkpoints.candidates():
+            self.checkpoints.save(self.done, self.state, {"phase": self.phase, "plan": self.shape})
+
+    def _algorithm_of(self, phase: int, shape) -> Algorithm:
+        key = f"{id(self.phases[phase].make)} {json.dumps(shape)}"
+        if key not in self._made:
+            self._made[key] = self.phases[phase].make(shape)
+        return self._made[key]
+
+    def _template(self, meta: dict) -> RoundState:
+        algorithm = self._algorithm_of(meta["phase"], meta["plan"])
+        return jax.eval_shape(lambda: init_state(algorithm, self.plan.seed, self.plan.clients))
+
+    def _load_programs(self, say: Callable[[str], None]) -> None:
+        self.algorithm = self._algorithm_of(self.phase, self.shape)
+        self.programs = Programs(self.algorithm, self.plan, self.data, self.mesh, say)
+        self.bytes_a_client = payload(self.algorithm, self.state, self.data)
+
+    def _server_accuracy(self) -> float:
+        return self.programs.accuracies(self.programs.global_model(self.state.server_state), self.state)[0]
+
+    def _next_stop(self, limit: int) -> int:
+        plan, done = self.plan, self.done
+        stops = [plan.rounds, limit, done + plan.block]
+        for every in (plan.eval_every, plan.adapt_every, plan.checkpoint_every):
+            if every:
+                stops.append(done - done % every + every)
+        stops += [phase.start for phase in self.phases]
+        return min(stop for stop in stops if stop > done)
+
+
 def run(
     phases: list[Phase],
     data: FederatedData,
@@ -103,89 +212,33 @@ def run(
     KeyboardInterrupt once Ctrl-C was obeyed.
     """
     log = workdir / "records.jsonl"
-    stopping = _Interrupt()
-    with closing(Checkpoints(workdir / "checkpoints")) as checkpoints, stopping:
-        made: dict[str, Algorithm] = {}
-
-        def algorithm_of(phase: int, shape) -> Algorithm:
-            key = f"{id(phases[phase].make)} {json.dumps(shape)}"
-            if key not in made:
-                made[key] = phases[phase].make(shape)
-            return made[key]
-
-        def template(meta: dict):
-            algorithm = algorithm_of(meta["phase"], meta["plan"])
-            return jax.eval_shape(lambda: init_state(algorithm, plan.seed, plan.clients))
-
+    with closing(Checkpoints(workdir / "checkpoints")) as checkpoints, _Interrupt() as interrupt:
+        course = Course(phases, data, plan, mesh, checkpoints)
         notes: list[str] = []
-        restored = checkpoints.restore_newest(template, notes.append)
-        if restored is None:
-            phase, (shape, _) = 0, phases[0].enter(None)
-            algorithm = algorithm_of(0, shape)
-            state = init_state(algorithm, plan.seed, plan.clients)
-        else:
-            _, meta, state = restored
-            phase, shape = meta["phase"], meta["plan"]
-            algorithm = algorithm_of(phase, shape)
-            notes.append(f"resuming after round {int(state.round)} of {plan.rounds}")
-        done = first = int(state.round)
-        records.truncate(log, done)
-        state, data = put_data((state, data), mesh)
-
-        with progress(plan.rounds, done) as show:
+        course.begin(notes.append)
+        records.truncate(log, course.done)
+        limit = plan.rounds if stop_after is None else min(plan.rounds, course.done + stop_after)
+        with progress(plan.rounds, course.done) as show:
             for note in notes:
                 show.say(note)
-            programs = Programs(algorithm, plan, data, mesh, show.say)
-            bytes_a_client = payload(algorithm, state, data)
-            while done < plan.rounds:
-                if stopping.asked or (stop_after is not None and done - first >= stop_after):
-                    _save(checkpoints, done, state, phase, shape)
-                    show.say(f"stopped after round {done} of {plan.rounds}; to go on: {go_on}")
-                    if stopping.asked:
+            course.programs.say = show.say
+            while course.done < plan.rounds:
+                if interrupt.asked or course.done >= limit:
+                    course.save()
+                    show.say(f"stopped after round {course.done} of {plan.rounds}; to go on: {go_on}")
+                    if interrupt.asked:
                         raise KeyboardInterrupt
                     return None
-                limit = plan.rounds if stop_after is None else first + stop_after
-                stop = _next_stop(done, plan, phases, phase, limit)
-                programs.say = show.say
-                start = time.perf_counter()
-                state, metrics = programs("round", state, data, jnp.int32(stop))
-                metrics = jax.tree.map(np.asarray, metrics)  # waits for the device
-                compiling = programs.spent_compiling()
-                seconds = (time.perf_counter() - start - compiling) / (stop - done)
-                lines = report.lines(metrics, done, stop, seconds, phase, algorithm, bytes_a_client)
-                report.check_finite(metrics, done, stop, checkpoints.candidates())
-                done = stop
-
-                last = lines[-1]
-                if _due(done, plan.eval_every, plan.rounds):
-                    _evaluate(programs, state, last)
-                if _due(done, plan.adapt_every, plan.rounds if plan.final_adapt else None):
-                    accuracy = programs("adaptation", state, data)
-                    last["local_accuracy_adapted"] = _floats(evaluate.summary(accuracy))
-                if phase + 1 < len(phases) and phases[phase + 1].start == done:
-                    before = last.get("server_accuracy")
-                    before = _server_accuracy(programs, state) if before is None else before
-                    compiling += programs.spent_compiling()
-                    phase += 1
-                    shape, server_state = phases[phase].enter(state.server_state)
-                    next_algorithm = algorithm_of(phase, shape)
-                    state = put_data(state._replace(server_state=server_state), mesh)
-                    after = before
-                    if next_algorithm is not algorithm:
-                        algorithm = next_algorithm
-                        programs = Programs(algorithm, plan, data, mesh, show.say)
-                        bytes_a_client = payload(algorithm, state, data)
-                        after = _server_accuracy(programs, state)
-                    last |= {"event": "prune", "event_accuracy_before": before, "event_accuracy_after": after}
-                    last |= {f"event_{name}": float(x) for name, x in algorithm.report(server_state).items()}
-                    show.say(f"pruned after round {done}: server accuracy {before:.4f} -> {after:.4f}")
-                lines[0]["compile_seconds"] = compiling + programs.spent_compiling()
+                lines = course.advance(limit)
+                course.evaluate(lines[-1])
+                compiling = course.enter_next_phase(lines[-1], show.say)
+                lines[0]["compile_seconds"] = compiling + course.programs.spent_compiling()
                 for line in lines:
                     records.append(log, line)
                     show.round(line)
-                if done == plan.rounds or done % plan.checkpoint_every == 0:
-                    _save(checkpoints, done, state, phase, shape)
-    return algorithm, state, report.summarize(records.read(log))
+                if course.done == plan.rounds or course.done % plan.checkpoint_every == 0:
+                    course.save()
+    return course.algorithm, course.state, report.summarize(records.read(log))
 
 
 class _Interrupt:
@@ -211,40 +264,8 @@ class _Interrupt:
         print("stopping after this round; Ctrl-C again stops at once (back to the last checkpoint)", file=sys.stderr)
 
 
-def _next_stop(done: int, plan: Plan, phases: list[Phase], phase: int, limit: int) -> int:
-    """The round up to which nothing needs the host."""
-    stops = [plan.rounds, limit, done + plan.block]
-    for every in (plan.eval_every, plan.adapt_every, plan.checkpoint_every):
-        if every:
-            stops.append(done - done % every + every)
-    if phase + 1 < len(phases):
-        stops.append(phases[phase + 1].start)
-    return min(stop for stop in stops if stop > done)
-
-
 def _due(done: int, every: int, last: int | None) -> bool:
     return done == last or (every > 0 and done % every == 0)
-
-
-def _evaluate(programs: Programs, state: RoundState, line: dict) -> None:
-    algorithm, server_state = programs.algorithm, state.server_state
-    if algorithm.global_model is None:
-        return
-    net = algorithm.global_model(server_state)
-    line["server_accuracy"], line["local_accuracy"], line["server_loss"] = programs.accuracies(net, state)
-    if algorithm.discrete_model is not None:
-        discrete = algorithm.discrete_model(server_state)
-        same = bool(jnp.array_equal(discrete.mix, net.mix))  # so they are once a single operation an edge is left
-        line["server_accuracy_discrete"] = line["server_accuracy"] if same else programs.accuracies(discrete, state)[0]
-
-
-def _server_accuracy(programs: Programs, state: RoundState) -> float:
-    return programs.accuracies(programs.algorithm.global_model(state.server_state), state)[0]
-
-
-def _save(checkpoints: Checkpoints, done: int, state: RoundState, phase: int, shape) -> None:
-    if done not in checkpoints.candidates():
-        checkpoints.save(done, state, {"phase": phase, "plan": shape})
 
 
 def _floats(summary: dict) -> dict:

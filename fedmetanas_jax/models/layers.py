@@ -50,8 +50,10 @@ def _taps(x: Array, size: int, dilation: int, stride: int, out: tuple[int, int])
     """The size*size shifted views [C, *out, N] of a padded x, row by row."""
     for i in range(size):
         for j in range(size):
-            h, w = i * dilation, j * dilation
-            yield x[:, h : h + stride * (out[0] - 1) + 1 : stride, w : w + stride * (out[1] - 1) + 1 : stride]
+            start = (0, i * dilation, j * dilation, 0)
+            # Not x[...]: indexing takes many times longer to trace, and there are hundreds of taps.
+            stop = (x.shape[0], *(s + stride * (n - 1) + 1 for s, n in zip(start[1:3], out, strict=True)), x.shape[3])
+            yield lax.slice(x, start, stop, (1, stride, stride, 1))
 
 
 def _spread(g: Array, size: int, dilation: int, stride: int, pad: int, shape) -> Array:

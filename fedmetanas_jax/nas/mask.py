@@ -4,6 +4,7 @@ A mask is decided once, on the server, from noise-free weights. It only ever cle
 always keeps a pair and every edge of that pair an operation.
 """
 
+import jax
 import jax.numpy as jnp
 
 from fedmetanas_jax import topology
@@ -25,6 +26,7 @@ def live_edges(mask: Mask) -> Array:
     return relax.edge_weight(mask.pair.astype(jnp.float32)) > 0
 
 
+@jax.jit
 def prune(alpha: Alpha, mask: Mask, temperature, threshold: float) -> Mask:
     """Clears operations and pairs whose noise-free weight is below `threshold`, never the largest of a row.
 
@@ -36,11 +38,13 @@ def prune(alpha: Alpha, mask: Mask, temperature, threshold: float) -> Mask:
     return _without_dead_edges(Mask(op, pair))
 
 
+@jax.jit
 def terminal(alpha: Alpha, mask: Mask) -> Mask:
     """One pair per node and one operation on each of its two edges: a discrete network."""
     return _without_dead_edges(relax.best(alpha, mask))
 
 
+@jax.jit
 def alive(mask: Mask) -> tuple[Array, Array]:
     """[] and [] int32: operations alive on live edges, pairs alive; both cell types together."""
     return jnp.sum(mask.op & live_edges(mask)[..., None]), jnp.sum(mask.pair)
@@ -57,6 +61,7 @@ def full_keep(nodes: int) -> Keep:
     return keep(full(nodes))
 
 
+@jax.jit
 def confidence(alpha: Alpha, mask: Mask) -> Array:
     """[]: the probability that a Gumbel draw picks the argmax, averaged over live edges.
 

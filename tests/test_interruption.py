@@ -1,0 +1,197 @@
+"""A run that is killed, stopped, damaged or poisoned, through the command line and with real signals.
+
+The runs are of the smallest search there is: one cell of one node. Their programs are compiled once and come
+from the compilation cache afterwards.
+"""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+MAIN = Path(__file__).parents[1] / "experiments/main.py"
+TINY = {
+    "width": 2, "cells": 1, "nodes": 1, "clients": 4, "cohort": 2, "train_size": 32, "test_size": 16, "rounds": 12,
+    "epochs": 1, "checkpoint_every": 2, "eval_every": 4, "batch": 8, "block": 2, "at_once": 1,
+    "options.prune_from": 0.3, "options.prune_until": 0.5, "options.prune_every": 3,
+}  # fmt: skip
+KILLS = 10
+
+
+def command(workdir: Path, *more: str, **changed) -> list[str]:
+    fields = [f"--config.{name}={value}" for name, value in (TINY | changed).items()]
+    return [sys.executable, str(MAIN), f"--workdir={workdir}", *fields, *more]
+
+
+def run(workdir: Path, *more: str, **changed) -> subprocess.CompletedProcess:
+    return subprocess.run(command(workdir, *more, **changed), capture_output=True, text=True, timeout=300)
+
+
+def finished(workdir: Path) -> tuple[list[dict], dict]:
+    """What a run found out: its records without the clock, and every array of its network."""
+    lines = [json.loads(line) for line in (workdir / "records.jsonl").read_text().splitlines()]
+    clock = ("seconds", "compile_seconds")
+    records = [{name: x for name, x in line.items() if name not in clock} for line in lines]
+    with np.load(workdir / "network.npz") as file:
+        return records, {name: file[name] for name in file.files}
+
+
+def assert_same(one: Path, other: Path):
+    (records, arrays), (expected, weights) = finished(one), finished(other)
+    assert records == expected
+    assert arrays.keys() == weights.keys()
+    for name in weights:
+        np.testing.assert_array_equal(arrays[name], weights[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> tuple[Path, float]:
+    """A run that nothing happened to, and the seconds a second one takes."""
+    workdir = tmp_path_factory.mktemp("unbroken") / "run"
+    done = run(workdir)
+    assert done.returncode == 0, done.stderr
+    start = time.monotonic()
+    again = run(tmp_path_factory.mktemp("again") / "run")
+    assert again.returncode == 0, again.stderr
+    return workdir, time.monotonic() - start
+
+
+def test_what_a_run_leaves(unbroken):
+    workdir, _ = unbroken
+    records, _ = finished(workdir)
+    assert [line["round"] for line in records] == list(range(1, 13))
+    assert [line["round"] for line in records if line.get("event") == "prune"] == [4, 6]
+    assert [line["round"] for line in records if "server_accuracy" in line] == [4, 8, 12]
+    assert records[-1]["server_accuracy"] == records[-1]["server_accuracy_discrete"]
+    assert records[-1]["ops_alive"] == 4  # two edges of one node, in both cell types
+    assert records[-1]["bytes_up"] < records[0]["bytes_up"]
+    assert records[-1]["macs"] < records[0]["macs"]
+    assert set(records[-1]["local_accuracy_adapted"]) == {"mean", "std", "worst_tenth"}
+    left = {path.name for path in workdir.iterdir()}
+    assert left >= {
+        "config.json", "partition.json", "partition.png", "records.jsonl", "checkpoints", "curves.png",
+        "genotype.json", "genotype.txt", "cells.png", "network.npz", "result.json",
+    }  # fmt: skip
+    result = json.loads((workdir / "result.json").read_text())
+    assert result["server_accuracy"] == pytest.approx(result["network_accuracy"], abs=1e-6)
+    assert result["network_largest_logit_difference"] < 1e-4
+    assert result["versions"]["jax"]
+
+
+def test_the_network_is_usable_in_three_lines(unbroken):
+    from fedmetanas_jax.data.sources import load as load_data
+    from fedmetanas_jax.network import load
+
+    workdir, _ = unbroken
+    images = load_data("digits", Path("unused")).test_images
+    network = load(workdir / "network.npz")
+    labels = network.predict(images)
+    assert labels.shape == (360,)
+    right = np.mean(labels == load_data("digits", Path("unused")).test_labels)
+    assert right == pytest.approx(finished(workdir)[0][-1]["server_accuracy"], abs=1e-6)
+
+
+def kill_at(workdir: Path, delay: float, *, of_rounds: bool) -> bool:
+    """Starts the run and kills it `delay` seconds after its start, or after its first round -> was it in time?"""
+    process = subprocess.Popen(command(workdir), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    while of_rounds and (line := process.stdout.readline()) and not line.startswith("round "):
+        pass
+    try:
+        process.wait(timeout=delay)
+    except subprocess.TimeoutExpired:
+        process.kill()  # SIGKILL
+    process.communicate()
+    return process.returncode == -signal.SIGKILL
+
+
+def test_kill_9_at_random_moments_changes_nothing(unbroken, tmp_path):
+    """KILLS kills: most among the rounds, where checkpoints and records are written, some on the way there."""
+    workdir, seconds = unbroken
+    moments = random.Random(0)
+    killed = finished_first = 0
+    while killed < KILLS:
+        assert finished_first < KILLS, "too fast to be killed"
+        among_rounds = killed % 4 != 0
+        delay = moments.uniform(0, 2.0 if among_rounds else 0.5 * seconds)
+        if kill_at(tmp_path / "run", delay, of_rounds=among_rounds):
+            killed += 1
+        else:  # finished before it could be killed: once more from the beginning
+            assert_same(tmp_path / "run", workdir)
+            (tmp_path / "run").rename(tmp_path / f"finished {finished_first}")
+            finished_first += 1
+    done = run(tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert_same(tmp_path / "run", workdir)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(unbroken, tmp_path):
+    workdir, _ = unbroken
+    process = subprocess.Popen(
+        command(tmp_path / "run", rounds=4000), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("round "):
+            process.send_signal(signal.SIGINT)
+            break
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "to go on: " in out
+    assert "stopping after this round" in err
+    assert list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
+
+
+def test_a_pause_and_a_damaged_checkpoint_change_nothing(unbroken, tmp_path):
+    workdir, _ = unbroken
+    paused = run(tmp_path / "run", "--stop_after=7")
+    assert paused.returncode == 0, paused.stderr
+    assert "stopped after round 7 of 12; to go on: " in paused.stdout
+    newest = tmp_path / "run" / "checkpoints" / "7"
+    largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    done = run(tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint 7 is damaged" in done.stdout
+    assert "using checkpoint 6" in done.stdout
+    assert_same(tmp_path / "run", workdir)
+
+
+def test_another_config_is_refused(unbroken):
+    workdir, _ = unbroken
+    before = (workdir / "records.jsonl").read_bytes()
+    done = run(workdir, seed=9)
+    assert done.returncode == 1
+    assert "seed was 1, is 9" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert (workdir / "records.jsonl").read_bytes() == before
+
+
+def test_numbers_that_are_none_stop_the_run(tmp_path):
+    done = run(tmp_path / "run", **{"options.lr": 1e30, "options.clip": 1e30})
+    assert done.returncode == 1
+    assert "round " in done.stderr
+    assert "client " in done.stderr
+    assert "not finite" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"batch": 20}, "config.batch can be at most 16"),
+        ({"dataset": "nowhere"}, "no data set 'nowhere'"),
+        ({"cells": 30}, "multiples of"),
+        ({"options.order": 3}, "options.order"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(tmp_path, changed, message):
+    changed = {"cells": 1} | changed
+    done = run(tmp_path / "run", f"--data_dir={tmp_path}", **changed)
+    assert done.returncode in (1, 2)
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
