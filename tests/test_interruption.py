@@ -185,12 +185,14 @@ def test_numbers_that_are_none_stop_the_run(tmp_path):
     [
         ({"batch": 20}, "config.batch can be at most 16"),
         ({"dataset": "nowhere"}, "no data set 'nowhere'"),
-        ({"cells": 30}, "multiples of"),
-        ({"options.order": 3}, "options.order"),
+        ({"dataset": "odd", "cells": 3}, "multiples of 4; they are 6 x 6"),
+        ({"options.threshold": 2}, "threshold is 2.0; it must be from 0 to below 1"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(tmp_path, changed, message):
-    changed = {"cells": 1} | changed
+    image, label = np.zeros((64, 6, 6, 1), np.uint8), np.arange(64) % 4
+    image[:, 0, 0, 0] = label
+    np.savez(tmp_path / "odd.npz", train_images=image, train_labels=label, test_images=image, test_labels=label)
     done = run(tmp_path / "run", f"--data_dir={tmp_path}", **changed)
     assert done.returncode in (1, 2)
     assert message in done.stderr
