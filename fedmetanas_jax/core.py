@@ -111,7 +111,6 @@ class Algorithm(NamedTuple):
     personalize: Callable  # (server_state, client_state, Examples, key) -> Net this client would use
     forward: Callable  # (Net, image, train) -> (logits, stats), as Model.apply
     broadcast: Callable  # server_state -> what a client is sent (counted as bytes down)
-    momentum: float  # of the running statistics
     macs: int  # of one image's forward pass
     global_model: Callable | None = None  # server_state -> Net that serves everybody
     discrete_model: Callable | None = None  # server_state -> Net after pruning to one operation an edge

@@ -76,7 +76,6 @@ ALGORITHM = Algorithm(
     personalize=personalize,
     forward=forward,
     broadcast=lambda server: (server.params, server.stats),
-    momentum=MOMENTUM,
     macs=PIXELS * CLASSES,
     global_model=lambda server: Net(server.params, server.stats),
     report=lambda server: {"server_round": server.round, "bias": jnp.sum(jnp.abs(server.params["b"]))},

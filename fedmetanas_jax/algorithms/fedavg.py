@@ -89,7 +89,6 @@ def fedavg(
         personalize=personalize,
         forward=lambda net, image, train: model.apply(net.params, net.stats, image, train),
         broadcast=lambda server: (server.params, server.stats),
-        momentum=model.momentum,
         macs=model.macs,
         global_model=global_model,
     )

@@ -186,7 +186,7 @@ def fedmetanas(
             init, client_update, server_update, personalize,
             forward=lambda model, image, train: net.apply(model.params, model.stats, image, model.mix, train),
             broadcast=lambda server: (server.params, server.stats, server.alpha, server.mask),
-            momentum=net.momentum, macs=net.macs,
+            macs=net.macs,
             global_model=soft_model, discrete_model=discrete_model, report=report,
         )  # fmt: skip
 

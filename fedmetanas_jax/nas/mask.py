@@ -58,7 +58,8 @@ def keep(mask: Mask) -> Keep:
 
 def full_keep(nodes: int) -> Keep:
     """The `keep` of a search that has pruned nothing yet."""
-    return keep(full(nodes))
+    every = list(range(len(topology.OPS)))
+    return [[every] * topology.num_edges(nodes) for _ in topology.CELL_TYPES]
 
 
 @jax.jit
