@@ -193,7 +193,7 @@ def cifar10_small() -> Config:
     return Config(
         clients=20,
         cohort=4,
-        rounds=300,
+        rounds=200,
         epochs=1,
         width=8,
         cells=3,
@@ -201,13 +201,7 @@ def cifar10_small() -> Config:
         devices=2,
         bn_eval="recalibrated",
         eval_every=20,
-        options=EARLY | {
-            "alpha_lr": 0.1,
-            "prune_from": 8 / 300,
-            "prune_until": 20 / 300,
-            "prune_every": 6,
-            "temperature_until": 0.04,
-        },
+        options=EARLY | {"prune_from": 0.04, "prune_until": 0.1, "prune_every": 6, "temperature_until": 0.1},
     )
 
 
