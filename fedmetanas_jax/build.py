@@ -2,7 +2,6 @@
 
 import json
 import os
-import typing
 from pathlib import Path
 
 import jax
@@ -20,12 +19,12 @@ from fedmetanas_jax.engine import run as engine
 from fedmetanas_jax.engine.checkpoint import CheckpointError
 from fedmetanas_jax.engine.evaluate import calibration_rows, recalibrate
 from fedmetanas_jax.engine.mesh import clients_mesh
+from fedmetanas_jax.engine.programs import Plan
 from fedmetanas_jax.engine.report import NonFiniteError
-from fedmetanas_jax.models.darts import darts_space
-from fedmetanas_jax.models.mobilenetv3 import mobilenetv3
 from fedmetanas_jax.nas import genotype as genotypes
 from fedmetanas_jax.nas import mask as masks
 from fedmetanas_jax.nas import picture as cell_picture
+from fedmetanas_jax.networks import Network, make_network
 from fedmetanas_jax.options import UsageError
 
 FAILURES = (UsageError, sources.DataError, records.WorkdirError, CheckpointError, NonFiniteError)
@@ -44,51 +43,34 @@ def prepare_jax(config: Config) -> None:
             pass
 
 
-def network_arguments(config: Config, dataset: sources.Dataset, searched: bool) -> dict:
-    """What the makers of both networks are called with, but for the type they compute in; JSON-able."""
-    mean, std = sources.mean_std(config.dataset, dataset)
-    common = {
-        "shape": dataset.train_images.shape[1:],
-        "classes": len(dataset.label_names),
-        "mean": mean,
-        "std": std,
-    }
-    if searched:
-        return common | {"width": config.width, "length": config.cells, "nodes": config.nodes}
-    return common | {"stem": config.stem, "variant": config.mobilenet}
-
-
-def searches(factory) -> bool:
-    """Whether a method takes a search space, rather than one model, as its first argument."""
-    return next(iter(typing.get_type_hints(factory).values())) is SearchSpace
-
-
 def one_phase(algorithm: Algorithm) -> list[Phase]:
     """A method that runs the same program from the first round to the last."""
     return [Phase(0, lambda server_state: (None, server_state), lambda plan: algorithm)]
 
 
-def make_phases(config: Config, dataset: sources.Dataset) -> tuple[list[Phase], SearchSpace | None]:
-    """The method's phases over its network, and the search space if it has one. UsageError names what is off."""
+def make_phases(config: Config, dataset: sources.Dataset) -> tuple[list[Phase], Network]:
+    """The method's phases, and the network they are over. UsageError names what is off."""
     factory = ALGORITHMS[config.method]
     on_cpu = jax.default_backend() == "cpu"
     bfloat16 = config.compute == "bfloat16" or (config.compute == "auto" and not on_cpu)
-    dtype = jnp.bfloat16 if bfloat16 else jnp.float32
     mean, _ = sources.mean_std(config.dataset, dataset)
+    augment, share = augmenter(config.augment, mean=mean), config.cohort / config.clients
     try:
-        setting = Setting(config.rounds, config.epochs, config.batch, augmenter(config.augment, mean=mean))
-        arguments = network_arguments(config, dataset, searches(factory)) | {"dtype": dtype}
-        space = darts_space(**arguments) if searches(factory) else None
-        made = factory(mobilenetv3(**arguments) if space is None else space, setting, **config.options)
+        setting = Setting(config.rounds, config.epochs, config.batch, augment, share)
+        network = make_network(config, dataset, factory, jnp.bfloat16 if bfloat16 else jnp.float32)
+        made = factory(network.made, setting, **config.options)
         phases = one_phase(made) if isinstance(made, Algorithm) else made
         phases[0].make(phases[0].enter(None)[0])  # an image the network cannot take is found here
     except ValueError as error:
         raise UsageError(str(error)) from error
-    return phases, space
+    return phases, network
 
 
-def make_data(config: Config, dataset: sources.Dataset, workdir: Path) -> FederatedData:
-    """The clients' data; leaves partition.json and partition.png in the workdir."""
+def make_data(config: Config, dataset: sources.Dataset, least_rows: int, workdir: Path) -> FederatedData:
+    """The clients' data; leaves partition.json and partition.png in the workdir.
+
+    UsageError where a partition cannot be, or leaves a client fewer than `least_rows` training images.
+    """
     classes = len(dataset.label_names)
     labels = (dataset.train_labels, dataset.test_labels)
     names = ("clients", "train_size", "test_size", "concentration", "tau", "seed")
@@ -98,10 +80,11 @@ def make_data(config: Config, dataset: sources.Dataset, workdir: Path) -> Federa
     except ValueError as error:
         raise UsageError(str(error)) from error
     smallest = min(len(rows) for rows in parts.train)
-    if smallest < 2 * config.batch and searches(ALGORITHMS[config.method]):
+    if smallest < least_rows:
+        batches = least_rows // config.batch
         raise UsageError(
-            f"a client has {smallest} training images, but a support and a query batch take {2 * config.batch}; "
-            f"config.batch can be at most {smallest // 2}"
+            f"a client has {smallest} training images, but a task of {config.method} takes {batches} batches, "
+            f"{least_rows} images; config.batch can be at most {smallest // batches}"
         )
     parameters |= {"kind": config.partition, "dataset": config.dataset}
     manifest = partition.manifest(parts, *labels, classes, parameters)
@@ -125,14 +108,17 @@ def run(
     prepare_jax(config)
     dataset = sources.load(config.dataset, sources.data_dir(data_dir))
     with records.claim(workdir, to_dict(config), print):
-        phases, space = make_phases(config, dataset)
+        phases, chosen = make_phases(config, dataset)
+        if chosen.genotype is not None:
+            keep_genotype(chosen, workdir)
         try:
             mesh = clients_mesh(config.devices)
         except ValueError as error:
             raise UsageError(str(error)) from error
-        data = make_data(config, dataset, workdir)
-        names = engine.Plan._fields
-        plan = engine.Plan(**{name: getattr(config, name) for name in names})
+        first = phases[0].make(phases[0].enter(None)[0])
+        data = make_data(config, dataset, first.least_rows, workdir)
+        names = Plan._fields
+        plan = Plan(**{name: getattr(config, name) for name in names})
         if config.at_once < 0:
             plan = plan._replace(at_once=1 if jax.default_backend() == "cpu" else 0)
         outcome = engine.run(
@@ -141,13 +127,22 @@ def run(
         title = f"{task}, {config.method}, seed {config.seed}"
         curves.draw(records.read(workdir / "records.jsonl"), workdir / "curves.png", title)
         if outcome is not None:
-            finish(config, dataset, space, data, *outcome, workdir=workdir)
+            finish(config, dataset, chosen, data, *outcome, workdir=workdir)
+
+
+def keep_genotype(chosen: Network, workdir: Path) -> None:
+    """Leaves the architecture a run was given beside what it finds. WorkdirError where another one is there."""
+    path, text = workdir / "genotype.json", genotypes.to_json(chosen.genotype)
+    if path.exists() and path.read_text() != text:
+        raise records.WorkdirError(f"{path} is not the genotype that config.network now holds; use another workdir")
+    records.write_text(path, text)
+    cell_picture.draw(chosen.genotype, workdir / "cells.png")
 
 
 def finish(
     config: Config,
     dataset: sources.Dataset,
-    space: SearchSpace | None,
+    chosen: Network,
     data: FederatedData,
     algorithm: Algorithm,
     state: RoundState,
@@ -158,12 +153,12 @@ def finish(
     """Leaves what was found: genotype, picture of the cells, the network as one file, and the figures."""
     server = state.server_state
     served = algorithm.discrete_model or algorithm.global_model
-    net, plan = served(server), None
+    net, plan, space = served(server), None, chosen.made
     if config.bn_eval == "recalibrated":
-        rows = calibration_rows(data, config.seed, state.round - 1, config.cohort)
+        rows = calibration_rows(data, state.seed, state.round - 1, config.cohort)
         net = recalibrate(algorithm.forward, net, data.image[rows], config.eval_batch)
     expected = np.asarray(algorithm.forward(net, data.image[data.central[:64]], False)[0])
-    if space is not None:
+    if isinstance(space, SearchSpace):
         genotype = genotypes.pair_rule(server.alpha, server.mask)
         records.write_text(workdir / "genotype.json", genotypes.to_json(genotype))
         records.write_text(workdir / "genotype.txt", genotypes.to_text(genotype))
@@ -171,10 +166,14 @@ def finish(
         plan = masks.keep(masks.terminal(server.alpha, server.mask))
         cut = [space.carry_over(x, masks.keep(server.mask), plan) for x in (net.params, net.stats)]
         net = Net(*cut, net.mix)
-    arguments = network_arguments(config, dataset, space is not None)
-    kind = "mobilenetv3" if space is None else "darts"
+    elif chosen.genotype is not None:
+        nodes = chosen.arguments["nodes"]
+        plan = genotypes.to_keep(chosen.genotype, nodes)
+        net = net._replace(mix=genotypes.to_mix(chosen.genotype, nodes))
     path = workdir / "network.npz"
-    network.save(path, net, kind=kind, arguments=arguments, plan=plan, label_names=dataset.label_names)
+    network.save(
+        path, net, kind=chosen.kind, arguments=chosen.arguments, plan=plan, label_names=dataset.label_names
+    )
 
     # The file is read back and asked, so that what is delivered is what was measured.
     loaded = network.load(path)

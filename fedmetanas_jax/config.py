@@ -49,8 +49,10 @@ class Config:
     width: int = _field(16, "channels of the supernet's first cells, C", least=1)
     cells: int = _field(8, "cells of the supernet, L", least=1)
     nodes: int = _field(4, "intermediate nodes of a cell", least=1)
-    mobilenet: Literal["large", "tiny"] = _field(
-        "large", "size of the MobileNetV3 of methods that search nothing; tiny is for tests"
+    network: str = _field(
+        "mobilenetv3_large",
+        "of methods that search nothing: mobilenetv3_large, mobilenetv3_tiny (for tests and demonstrations), or "
+        "the genotype.json a search left, for that architecture at this width and number of cells",
     )
     stem: Literal[1, 2] = _field(1, "stride of the MobileNetV3's first convolution (D-26)")
     bn_eval: Literal["running", "batch", "recalibrated"] = _field(
@@ -62,6 +64,9 @@ class Config:
     )
     at_once: int = _field(-1, "clients computed together; 0: all; -1: one on CPU, else all", least=-1)
     devices: int = _field(1, "devices a round's clients are spread over; 0: all there are", least=0)
+    client_states: Literal["auto", "device", "host"] = _field(
+        "auto", "where what clients keep between rounds is held; auto: the device, if it has room"
+    )
     block: int = _field(1, "most rounds in one dispatch to the device", least=1)
 
     eval_batch: int = _field(250, "images in an evaluation batch", least=1)
@@ -69,10 +74,13 @@ class Config:
         10, "rounds between server and un-adapted local accuracy; 0: only at the end", least=0
     )
     adapt_every: int = _field(
-        0, "rounds between local accuracies after adaptation; 0: as final_adapt says", least=0
+        0, "rounds between local accuracies of personalised networks; 0: as final_adapt says", least=0
     )
-    final_adapt: bool = _field(True, "local accuracy after adaptation at the end of the run")
+    final_adapt: bool = _field(True, "local accuracy of personalised networks at the end of the run")
     checkpoint_every: int = _field(10, "rounds between checkpoints", least=1)
+
+
+MOBILENETS = {"mobilenetv3_large": "large", "mobilenetv3_tiny": "tiny"}  # by the name config.network has for them
 
 
 def validate(config: Config) -> None:
@@ -92,6 +100,8 @@ def validate(config: Config) -> None:
         raise UsageError(
             f"config.cohort is {config.cohort}, but there are only {config.clients} clients (config.clients)"
         )
+    if config.client_states == "host" and config.block > 1:
+        raise UsageError(f"config.block is {config.block}; with config.client_states=host it must be 1")
     if config.seed >= 2**32:
         raise UsageError(f"config.seed is {config.seed}; it must be less than 2**32")
     if len(set(config.augment)) < len(config.augment):
@@ -198,6 +208,7 @@ def cifar10_small() -> Config:
         width=8,
         cells=3,
         nodes=2,
+        network="mobilenetv3_tiny",
         devices=2,
         bn_eval="recalibrated",
         eval_every=20,
@@ -222,6 +233,7 @@ def digits_dir01() -> Config:
         width=8,
         cells=3,
         nodes=2,
+        network="mobilenetv3_tiny",
         at_once=0,
         eval_every=5,
         bn_eval="recalibrated",

@@ -6,7 +6,7 @@ A thing is a NamedTuple of pure functions; its state goes in and comes out.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 
@@ -43,6 +43,7 @@ class Model(NamedTuple):
     #   returned, so that whoever trains decides how to average them; `key` draws the dropout.
     momentum: float  # of the running statistics: running <- (1 - momentum) running + momentum batch
     macs: int  # multiply-adds of one image's forward pass
+    head: tuple[str, ...]  # keys of `params` that make up the last linear layer (D-25)
 
 
 class Supernet(NamedTuple):
@@ -100,6 +101,11 @@ class Setting(NamedTuple):
     epochs: int  # E, local epochs a round
     batch: int  # B
     augment: Callable  # (key, image [b, h, w, c] uint8) -> the same shape and type
+    share: float = 1.0  # S / K, clients of a round of all clients
+
+
+# Steps of personalisation: none at all, one step, one epoch, as many epochs as a round has.
+Depth = Literal["none", "step", "epoch", "epochs"]
 
 
 class Algorithm(NamedTuple):
@@ -108,10 +114,13 @@ class Algorithm(NamedTuple):
     init: Callable  # key -> (server_state, client_state); server_state.round counts rounds
     client_update: Callable  # (server_state, client_state, Examples, key) -> ClientUpdate
     server_update: Callable  # (server_state, mean update) -> server_state
-    personalize: Callable  # (server_state, client_state, Examples, key) -> Net this client would use
+    personalize: Callable  # (server_state, client_state, Examples, key, steps [] int32) -> Net this client would
+    #   use after that many of the method's own personalising steps on its own rows
     forward: Callable  # (Net, image, train) -> (logits, stats), as Model.apply
     broadcast: Callable  # server_state -> what a client is sent (counted as bytes down)
     macs: int  # of one image's forward pass
+    depth: Depth = "none"  # how far the method itself personalises before a client uses its network
+    least_rows: int = 1  # training rows without which a client cannot take part
     global_model: Callable | None = None  # server_state -> Net that serves everybody
     discrete_model: Callable | None = None  # server_state -> Net after pruning to one operation an edge
     report: Callable = lambda server_state: {}  # server_state -> dict of [] numbers for the round's record
@@ -129,5 +138,6 @@ class RoundState(NamedTuple):
     """Everything a run carries from round to round."""
 
     round: Array  # [] int32, rounds done
+    seed: Array  # [] uint32, of all that is random; a value, so that runs of several seeds share a program
     server_state: Tree
     client_states: Tree  # every leaf [clients, ...]

@@ -1,4 +1,4 @@
-"""What a client does with its own rows: batches and tasks of them, the loss, the optimizer, epochs of SGD.
+"""What a client does with its own rows: batches and tasks of them, the loss, epochs of an optimizer.
 
 Everything here is written for one client and keeps its shapes whatever the client's size: a client holds n
 padded rows, the real ones marked by `weight`, and a step that has no real row changes nothing.
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from fedmetanas_jax import tree
-from fedmetanas_jax.core import Array, Examples, Tree
+from fedmetanas_jax.core import Array, Examples, Model, Setting, Tree
 
 Tasks = Literal["pairs", "one", "split"]  # how an epoch is cut into (support, query): D-7 A, B, C
 
@@ -44,37 +44,40 @@ def all_batches(key: Array, weight: Array, batch: int, epochs: int) -> tuple[Arr
     return rows.reshape(-1, batch), weight.reshape(-1, batch)
 
 
-def epoch_tasks(key: Array, weight: Array, batch: int, kind: Tasks = "pairs") -> tuple[Array, Array]:
-    """One epoch's tasks (D-7): rows [tasks, 2, batch] int32, support then query, and valid [tasks] bool.
+def epoch_tasks(
+    key: Array, weight: Array, batch: int, kind: Tasks = "pairs", parts: int = 2
+) -> tuple[Array, Array]:
+    """One epoch's tasks (D-7): rows [tasks, parts, batch] int32 and valid [tasks] bool.
 
-    "pairs" cuts the shuffled rows into disjoint pairs of batches and drops the rest; "one" keeps the first
-    such pair; "split" draws support from the even and query from the odd rows, the same halves in every
-    epoch. A task is valid if all its rows are real. ValueError if the n rows do not fill one task.
+    The parts are support and query and, for what needs a third batch, that one.
+    "pairs" cuts the shuffled rows into disjoint tasks and drops the rest; "one" keeps the first such task;
+    "split" draws part i from every `parts`-th row, starting at row i, the same ones in every epoch.
+    A task is valid if all its rows are real. ValueError if the n rows do not fill one task.
     """
     if kind not in get_args(Tasks):
         raise ValueError(f"no way of making tasks called {kind!r}; there are {', '.join(get_args(Tasks))}")
     n = weight.shape[0]
-    if n < 2 * batch:
+    if n < parts * batch:
         raise ValueError(
-            f"a task takes 2 batches of {batch} rows but no client has more than {n}; choose a smaller batch"
+            f"a task takes {parts} batches of {batch} rows but no client has more than {n}; choose a smaller batch"
         )
-    tasks = 1 if kind == "one" else n // (2 * batch)
+    tasks = 1 if kind == "one" else n // (parts * batch)
     if kind == "split":
-        keys = jax.random.split(key)
-        halves = [2 * _shuffled(keys[i], weight[i::2])[: tasks * batch] + i for i in range(2)]
-        rows = jnp.stack([half.reshape(tasks, batch) for half in halves], axis=1)
+        keys = jax.random.split(key, parts)
+        shares = [parts * _shuffled(keys[i], weight[i::parts])[: tasks * batch] + i for i in range(parts)]
+        rows = jnp.stack([share.reshape(tasks, batch) for share in shares], axis=1)
     else:
-        rows = _shuffled(key, weight)[: tasks * 2 * batch].reshape(tasks, 2, batch)
+        rows = _shuffled(key, weight)[: tasks * parts * batch].reshape(tasks, parts, batch)
     return rows, jnp.all(weight[rows] > 0, axis=(1, 2))
 
 
 def all_tasks(
-    key: Array, weight: Array, batch: int, epochs: int, kind: Tasks = "pairs"
+    key: Array, weight: Array, batch: int, epochs: int, kind: Tasks = "pairs", parts: int = 2
 ) -> tuple[Array, Array]:
-    """`epoch_tasks` of every epoch end to end: rows [epochs * tasks, 2, batch], valid [epochs * tasks]."""
+    """`epoch_tasks` of every epoch end to end: rows [epochs * tasks, parts, batch], valid [epochs * tasks]."""
     keys = jax.random.split(key, epochs)
-    rows, valid = jax.vmap(lambda k: epoch_tasks(k, weight, batch, kind))(keys)
-    return rows.reshape(-1, 2, batch), valid.reshape(-1)
+    rows, valid = jax.vmap(lambda k: epoch_tasks(k, weight, batch, kind, parts))(keys)
+    return rows.reshape(-1, parts, batch), valid.reshape(-1)
 
 
 def _weighted(values: Array, weight: Array) -> Array:
@@ -99,44 +102,6 @@ def mean_where(values: Array, real: Array) -> Array:
     return jnp.sum(jnp.where(real, values, 0.0)) / jnp.maximum(jnp.sum(real), 1)
 
 
-def sgd(lr, momentum: float = 0.0, weight_decay: float = 0.0, clip: float | None = None):
-    """SGD in PyTorch's order: clip the global norm, add the decay to the clipped gradient, then momentum.
-
-    `lr` may be traced: make the optimizer inside the traced function and schedules never recompile.
-    """
-    return optax.chain(
-        optax.identity() if clip is None else optax.clip_by_global_norm(clip),
-        optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity(),
-        optax.trace(momentum) if momentum else optax.identity(),
-        optax.scale_by_learning_rate(lr),
-    )
-
-
-def cosine(rounds: int, start: float, end: float) -> Callable[[Array], Array]:
-    """round -> learning rate, half a cosine from `start` at round 0 to `end` at `rounds` and after (D-31)."""
-
-    def lr(t):
-        done = jnp.minimum(t / rounds, 1.0)
-        return end + (start - end) * (1 + jnp.cos(jnp.pi * done)) / 2
-
-    return lr
-
-
-def only(selected: Callable[[str], bool], optimizer: optax.GradientTransformation):
-    """`optimizer` on the leaves whose path, written "a/b/c", is `selected`; the others are left as they are.
-
-    The optimizer sees the selected leaves alone: a clip inside it measures their norm.
-    """
-
-    def label(path, _) -> str:
-        return "train" if selected(jax.tree_util.keystr(path, simple=True, separator="/")) else "freeze"
-
-    return optax.partition(
-        {"train": optimizer, "freeze": optax.set_to_zero()},
-        lambda params: jax.tree_util.tree_map_with_path(label, params),
-    )
-
-
 def fit(
     loss: Callable,
     optimizer: optax.GradientTransformation,
@@ -149,37 +114,85 @@ def fit(
     epochs: int,
     augment: Callable,
     momentum: float,
+    steps: Array | None = None,
 ) -> tuple[Tree, Tree, dict]:
     """`epochs` passes of `optimizer` over a client's rows, from a fresh optimizer state (D-30).
 
     loss: (variables, stats, batch, key) -> (value, (moments, accuracy)), moments shaped as stats.
     momentum: running stats <- (1 - momentum) stats + momentum moments, once a step.
+    steps: stop after so many, a traced number, so that one program trains to any depth; None is all of them.
     Returns variables, stats and metrics: "loss" and "accuracy", means over the steps with a real row;
     "image_gradients", the real images that went through a forward and backward pass.
     """
+    if epochs == 0:
+        return variables, stats, {name: jnp.float32(0) for name in ("loss", "accuracy", "image_gradients")}
     order_key, step_key = jax.random.split(key)
     rows, weight = all_batches(order_key, data.weight, batch, epochs)
+    keys = jax.random.split(step_key, len(rows))
     gradient = jax.value_and_grad(loss, has_aux=True)
 
-    def step(carry, x):
-        rows, weight, key = x
-        variables, stats, state = carry
-        augment_key, loss_key = jax.random.split(key)
-        examples = Examples(augment(augment_key, data.image[rows]), data.label[rows], weight)
-        (value, (moments, correct)), grads = gradient(variables, stats, examples, loss_key)
-        updates, state = optimizer.update(grads, state, variables)
-        stepped = optax.apply_updates(variables, updates), tree.lerp(stats, moments, momentum), state
+    def step(i, carry):
+        variables, stats, state, values, accuracies = carry
+        augment_key, loss_key = jax.random.split(keys[i])
+        examples = Examples(augment(augment_key, data.image[rows[i]]), data.label[rows[i]], weight[i])
+        (value, (moments, accuracy)), grads = gradient(variables, stats, examples, loss_key)
+        updates, state_after = optimizer.update(grads, state, variables)
+        stepped = optax.apply_updates(variables, updates), tree.lerp(stats, moments, momentum), state_after
         # Without a real row the gradient is 0, yet momentum and weight decay would still move the weights.
-        real = jnp.any(weight > 0)
-        return tree.where(real, stepped, carry), (real, value, correct)
+        kept = tree.where(jnp.any(weight[i] > 0), stepped, (variables, stats, state))
+        return *kept, values.at[i].set(value), accuracies.at[i].set(accuracy)
 
-    # One flat scan: the network's gradient is compiled once, in one loop.
-    start = variables, stats, optimizer.init(variables)
-    keys = jax.random.split(step_key, len(rows))
-    (variables, stats, _), (real, values, correct) = jax.lax.scan(step, start, (rows, weight, keys))
+    # One flat loop: the network's gradient is compiled once.
+    limit = len(rows) if steps is None else jnp.minimum(steps, len(rows))
+    blank = jnp.zeros(len(rows), jnp.float32)
+    start = variables, stats, optimizer.init(variables), blank, blank
+    variables, stats, _, values, accuracies = jax.lax.fori_loop(0, limit, step, start)
+    weight = jnp.where(jnp.arange(len(rows))[:, None] < limit, weight, 0.0)
+    real = jnp.any(weight > 0, axis=1)
     metrics = {
         "loss": mean_where(values, real),
-        "accuracy": mean_where(correct, real),
+        "accuracy": mean_where(accuracies, real),
         "image_gradients": jnp.sum(weight > 0, dtype=jnp.float32),
     }
     return variables, stats, metrics
+
+
+def steps_taken(weight: Array, batch: int, epochs: int) -> Array:
+    """[] float32: the steps of `fit` that have a real row, ceil(n_k / batch) an epoch; weight [n]."""
+    return epochs * jnp.ceil(jnp.sum(weight > 0) / batch)
+
+
+def head_of(model: Model, names: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The entries of `params` that make up the head: `names`, or where that is None the last linear layer's.
+
+    ValueError names what there is.
+    """
+    if names is None:
+        return model.head
+    params, _ = jax.eval_shape(model.init, jax.random.key(0))
+    if unknown := [name for name in names if name not in params]:
+        raise ValueError(f"the network has no part {unknown[0]!r} to be a head; there are {', '.join(sorted(params))}")
+    return names
+
+
+def classification_loss(model: Model) -> Callable:
+    """-> loss(params, stats, batch, key) -> (cross entropy, (batch moments, accuracy)), in training mode."""
+
+    def loss(params, stats, batch: Examples, key):
+        logits, moments = model.apply(params, stats, batch.image, True, key)
+        value = cross_entropy(logits, batch.label, batch.weight)
+        return value, (moments, accuracy(logits, batch.label, batch.weight))
+
+    return loss
+
+
+def trainer(model: Model, setting: Setting) -> Callable:
+    """-> train(optimizer, params, stats, data, key, epochs, steps=None): `fit` of a fixed network, under the
+    conditions common to all methods."""
+    common = {"batch": setting.batch, "augment": setting.augment, "momentum": model.momentum}
+    loss = classification_loss(model)
+
+    def train(optimizer, params, stats, data, key, epochs, steps=None):
+        return fit(loss, optimizer, params, stats, data, key, epochs=epochs, steps=steps, **common)
+
+    return train

@@ -7,6 +7,8 @@ What differs between weights and alphas, rates and frozen parts, is said by the 
 """
 
 from collections.abc import Callable
+from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +100,37 @@ def meta_gradient(
     return grads, moments, {"loss": value, "accuracy": accuracy, "support_loss": support_loss}
 
 
+def hessian_free_gradient(
+    loss: Callable,
+    variables: Tree,
+    stats: Tree,
+    support: Examples,
+    query: Examples,
+    third: Examples,
+    key: Array,
+    *,
+    optimizer: optax.GradientTransformation,
+    delta: float = 1e-3,
+) -> tuple[Tree, Tree, dict]:
+    """`meta_gradient` after one inner step, its Hessian by a difference of gradients (Per-FedAvg's HF form).
+
+    v - a [g(w + delta v) - g(w - delta v)] / (2 delta): v is the query's gradient at w' = w - a g(w; support),
+    g(.) the third batch's. `optimizer` is to be linear in the gradient, as plain SGD at rate a is.
+    """
+    pair = jax.tree.map(lambda s, q: jnp.stack([s, q]), support, query)
+    _, v, moments, visited = adapt(loss, variables, stats, pair, key, optimizer=optimizer)
+
+    def beside(side: Array) -> Tree:
+        moved = jax.tree.map(lambda w, d: w + side * delta * d, variables, v)
+        return jax.grad(loss, has_aux=True)(moved, stats, third, jax.random.fold_in(key, 2))[0]
+
+    sides = jax.lax.map(beside, jnp.array([1.0, -1.0]))
+    hessian_times_v = jax.tree.map(lambda g: (g[0] - g[1]) / (2 * delta), sides)
+    through_the_step, _ = optimizer.update(hessian_times_v, optimizer.init(variables), variables)
+    loss_and_accuracy = {"loss": visited["loss"][1], "accuracy": visited["accuracy"][1]}
+    return tree.add(v, through_the_step), moments, loss_and_accuracy | {"support_loss": visited["loss"][0]}
+
+
 def fit(
     loss: Callable,
     task_optimizer: optax.GradientTransformation,
@@ -112,38 +145,37 @@ def fit(
     augment: Callable,
     momentum: float,
     steps: int,
-    order: int = 1,
+    order: Literal[1, 2, "hf"] = 1,
     tasks: local.Tasks = "pairs",
 ) -> tuple[Tree, Tree, dict]:
     """`epochs` passes of meta updates over a client's rows, cut into tasks (D-7); optimizers start fresh.
 
-    loss as in `adapt`; steps = M; momentum: stats <- (1 - momentum) stats + momentum moments of the query.
+    loss as in `adapt`; steps = M; order as in `meta_gradient`, or "hf": `hessian_free_gradient`, whose tasks
+    have a third batch (M = 1); momentum: stats <- (1 - momentum) stats + momentum moments of the query.
     Returns the meta variables (not the adapted ones), stats and metrics, means over the valid tasks:
     "loss" and "accuracy" of the query after adaptation, "support_loss" before it (M >= 1); and
-    "image_gradients", the images through a forward and backward pass, batch (M + 1) a task. A task that
-    holds padding changes nothing.
+    "image_gradients", the images through a forward and backward pass, batch (M + 1) a task and with "hf"
+    4 batches. A task that holds padding changes nothing. ValueError for "hf" with another M than 1.
     """
+    if order == "hf" and steps != 1:
+        raise ValueError(f"the Hessian-free meta gradient takes 1 inner step, not {steps}")
     order_key, task_key = jax.random.split(key)
-    rows, valid = local.all_tasks(order_key, data.weight, batch, epochs, tasks)
+    parts = batches_of_a_task(order)
+    rows, valid = local.all_tasks(order_key, data.weight, batch, epochs, tasks, parts)
 
     def examples(key, rows) -> Examples:
         return Examples(augment(key, data.image[rows]), data.label[rows], data.weight[rows])
 
     def task(carry, x):
-        (support_rows, query_rows), valid, key = x
+        rows, valid, key = x
         variables, stats, state = carry
-        support_key, query_key, loss_key = jax.random.split(key, 3)
-        grads, moments, metrics = meta_gradient(
-            loss,
-            variables,
-            stats,
-            examples(support_key, support_rows),
-            examples(query_key, query_rows),
-            loss_key,
-            steps=steps,
-            optimizer=task_optimizer,
-            order=order,
-        )
+        *augment_keys, loss_key = jax.random.split(key, parts + 1)
+        batches = [examples(*part) for part in zip(augment_keys, rows, strict=True)]
+        if order == "hf":
+            gradient = partial(hessian_free_gradient, loss)
+        else:
+            gradient = partial(meta_gradient, loss, steps=steps, order=order)
+        grads, moments, metrics = gradient(variables, stats, *batches, loss_key, optimizer=task_optimizer)
         updates, state = meta_optimizer.update(grads, state, variables)
         stepped = optax.apply_updates(variables, updates), tree.lerp(stats, moments, momentum), state
         return tree.where(valid, stepped, carry), metrics
@@ -152,5 +184,11 @@ def fit(
     keys = jax.random.split(task_key, len(rows))
     (variables, stats, _), metrics = jax.lax.scan(task, start, (rows, valid, keys))
     metrics = {name: local.mean_where(values, valid) for name, values in metrics.items()}
-    metrics["image_gradients"] = jnp.sum(valid, dtype=jnp.float32) * batch * (steps + 1)
+    gradients = 4 if order == "hf" else steps + 1
+    metrics["image_gradients"] = jnp.sum(valid, dtype=jnp.float32) * batch * gradients
     return variables, stats, metrics
+
+
+def batches_of_a_task(order: Literal[1, 2, "hf"]) -> int:
+    """Support and query, and a third one for the Hessian-free form: batches a client must be able to fill."""
+    return 3 if order == "hf" else 2

@@ -56,6 +56,11 @@ def put(stacked: Tree, rows: Array, values: Tree) -> Tree:
     return jax.tree.map(lambda x, v: x.at[rows].set(v), stacked, values)
 
 
+def split(params: dict, names: tuple[str, ...]) -> tuple[dict, dict]:
+    """(the entries of `names`, all others) of a dict: a network's head and its body."""
+    return {n: params[n] for n in names}, {n: x for n, x in params.items() if n not in names}
+
+
 def global_norm(a: Tree) -> Array:
     """Euclidean length of all leaves together."""
     return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(a)))

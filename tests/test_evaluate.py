@@ -83,7 +83,7 @@ def test_recalibrated_then_evaluates_as_running(data, net):
 def test_unknown_bn_eval_names_the_three(data):
     for make in (
         lambda: engine.make_evaluate(toy.ALGORITHM, batch=4, bn_eval="runing"),
-        lambda: engine.make_personal(toy.ALGORITHM, seed=0, batch=4, bn_eval="runing", at_once=1),
+        lambda: engine.make_personal(toy.ALGORITHM, batch=4, bn_eval="runing", at_once=1),
     ):
         with pytest.raises(ValueError, match="'runing': allowed are 'running', 'batch', 'recalibrated'"):
             make()
@@ -117,13 +117,15 @@ def test_calibration_rows_come_from_the_rounds_cohort(data):
     assert np.any(more != engine.calibration_rows(data, SEED, jnp.int32(5), 3))
 
 
+@pytest.mark.parametrize("steps", [0, 1])
 @pytest.mark.parametrize("bn_eval", engine.BN_EVAL)
-def test_adapted_accuracy_is_each_clients_own_net_on_its_own_test_rows(data, bn_eval):
+def test_adapted_accuracy_is_each_clients_own_net_on_its_own_test_rows(data, bn_eval, steps):
     state = init_state(toy.ALGORITHM, SEED, CLIENTS)._replace(round=jnp.int32(9))
     want, personalize = [], jax.jit(toy.personalize)
     for k in range(CLIENTS):
         own = train_examples(data, k)
-        net = personalize(state.server_state, None, own, stream_key(SEED, "personal", 9, k))
+        key = stream_key(SEED, "personal", 9, k)
+        net = personalize(state.server_state, None, own, key, jnp.int32(steps))
         rows = np.asarray(data.test[k])[: data.test_size[k]]
         image, label = np.asarray(data.image)[rows], np.asarray(data.label)[rows]
         filled = np.resize(image, (data.test.shape[1], *image.shape[1:]))
@@ -134,9 +136,11 @@ def test_adapted_accuracy_is_each_clients_own_net_on_its_own_test_rows(data, bn_
         }[bn_eval]
         want.append(by_hand(net, image, label, mean)[0].mean())
     made = {
-        at_once: engine.make_personal(toy.ALGORITHM, seed=SEED, batch=10, bn_eval=bn_eval, at_once=at_once)
+        at_once: engine.make_personal(toy.ALGORITHM, batch=10, bn_eval=bn_eval, at_once=at_once)
         for at_once in (0, 1)
     }
+    everyone = jnp.arange(CLIENTS, dtype=jnp.int32)
     for personal in made.values():
-        np.testing.assert_allclose(personal(state, data), want, rtol=1e-6)
+        got = personal(state, everyone, data, jnp.int32(steps))
+        np.testing.assert_allclose(got, want, rtol=1e-6)
     assert not any(x.is_deleted() for x in jax.tree.leaves(state))

@@ -9,7 +9,7 @@ import optax
 import pytest
 from toy_model import close, examples, jit, model_loss, same, toy_model, unchanged
 
-from fedmetanas_jax import local, tree
+from fedmetanas_jax import optimizers, tree
 from fedmetanas_jax.algorithms import ALGORITHMS
 from fedmetanas_jax.algorithms.fedavg import fedavg
 from fedmetanas_jax.core import Setting
@@ -52,7 +52,7 @@ def test_one_client_is_sgd_at_the_rate_of_the_round(round):
     server = server._replace(round=jnp.int32(round))
     sent = algorithm.client_update(server, client, data, KEY)
     rate = {0: 0.3, 5: 0.2}[round]  # half-way along the cosine at round 5 of 10
-    expected = train_by_hand(server.params, server.stats, data, local.sgd(rate, 0.9, 3e-4, 0.2), 3)
+    expected = train_by_hand(server.params, server.stats, data, optimizers.sgd(rate, 0.9, 3e-4, 0.2), 3)
     close(sent.update, expected)
     assert sent.weight == 6
     mean = tree.weighted_mean(jax.tree.map(lambda x: x[None], sent.update), sent.weight[None])
@@ -62,12 +62,12 @@ def test_one_client_is_sgd_at_the_rate_of_the_round(round):
 
 
 def test_momentum_starts_afresh_every_round():
-    algorithm, data = method(lr=0.2, lr_end=0.2, finetune_epochs=2), examples(6)
+    algorithm, data = method(lr=0.2, lr_end=0.2), examples(6)
     server, client = algorithm.init(jax.random.key(1))
     for _ in range(2):
         server = algorithm.server_update(server, algorithm.client_update(server, client, data, KEY).update)
     start, _ = algorithm.init(jax.random.key(1))
-    optimizer = local.sgd(0.2, 0.9, 3e-4)
+    optimizer = optimizers.sgd(0.2, 0.9, 3e-4)
     once = train_by_hand(start.params, start.stats, data, optimizer, 3)
     close((server.params, server.stats), train_by_hand(*once, data, optimizer, 3))
 
@@ -101,14 +101,54 @@ def test_a_client_without_rows_returns_what_it_was_sent():
     assert sent.weight == 0
 
 
-def test_personalize_is_local_sgd_from_the_global_model():
+def test_personalize_is_plain_sgd_from_the_global_model_for_as_many_steps_as_asked():
     data = examples(6)
-    algorithm = method(lr=0.2, lr_end=0.2, finetune_epochs=2)
+    algorithm = method(finetune_lr=0.2)
     server, client = algorithm.init(jax.random.key(1))
-    net = algorithm.personalize(server, client, data, KEY)
-    expected = train_by_hand(server.params, server.stats, data, local.sgd(0.2, 0.9, 3e-4), 2)
-    close((net.params, net.stats), expected)
-    same(method(finetune_epochs=0).personalize(server, client, data, KEY), algorithm.global_model(server))
+    for steps in (0, 1, 3):
+        net = algorithm.personalize(server, client, data, KEY, jnp.int32(steps))
+        close((net.params, net.stats), train_by_hand(server.params, server.stats, data, optimizers.sgd(0.2), steps))
+    most = algorithm.personalize(server, client, data, KEY, jnp.int32(100))
+    close(most, net)  # three epochs of one batch each are all there is
+    assert algorithm.personalize._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    ("server", "expected"),
+    # w = 1 and a mean of 0.5 make a pseudo-gradient of 0.5; Adam's first step divides it by itself.
+    [("momentum", 1 - 0.1 * 0.5), ("adam", 1 - 0.1 * 0.5 / (0.5 + 1e-3))],
+)
+def test_server_optimizers_step_along_the_pseudo_gradient(server, expected):
+    algorithm = fedavg(MODEL, Setting(10, 1, 6, unchanged), server=server, server_lr=0.1)
+    state, _ = algorithm.init(jax.random.key(1))
+    state = state._replace(params=jax.tree.map(jnp.ones_like, state.params))
+    mean = jax.tree.map(lambda x: jnp.full_like(x, 0.5), (state.params, state.stats))
+    after = algorithm.server_update(state, mean)
+    for x in jax.tree.leaves(after.params):
+        np.testing.assert_allclose(x, expected, rtol=1e-5)
+    same(after.stats, mean[1])  # statistics are never stepped
+    again = algorithm.server_update(after, mean)
+    if server == "momentum":  # velocity 0.9 * 0.5 + 0.45
+        np.testing.assert_allclose(jax.tree.leaves(again.params)[0], 0.95 - 0.1 * (0.45 + 0.45), rtol=1e-5)
+    assert again.round == 2
+
+
+def test_yogi_differs_from_adam_only_once_gradients_change():
+    setting, steps = Setting(10, 1, 6, unchanged), {}
+    for server in ("adam", "yogi"):
+        algorithm = fedavg(MODEL, setting, server=server, server_lr=0.1)
+        state, _ = algorithm.init(jax.random.key(1))
+        for target in (0.5, 0.9, 0.1):
+            mean = jax.tree.map(lambda x, target=target: jnp.full_like(x, target), (state.params, state.stats))
+            state = algorithm.server_update(state, mean)
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
+        steps[server] = state.params
+    assert tree.global_norm(tree.sub(*steps.values())) > 1e-4
+
+
+def test_a_server_rate_without_a_server_optimizer_is_refused():
+    with pytest.raises(ValueError, match="server_lr is 0.1, but server=mean"):
+        fedavg(MODEL, Setting(10, 1, 6, unchanged), server_lr=0.1)
 
 
 def test_forward_serves_with_running_statistics():
@@ -124,7 +164,7 @@ def test_forward_serves_with_running_statistics():
 
 
 def test_loss_falls_over_rounds():
-    algorithm, data = method(lr=0.2, lr_end=0.2, finetune_epochs=2), examples(6)
+    algorithm, data = method(lr=0.2, lr_end=0.2), examples(6)
     server, client = algorithm.init(jax.random.key(1))
     losses = []
     for round in range(8):

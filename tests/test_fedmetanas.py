@@ -158,7 +158,7 @@ def test_second_order_and_more_inner_steps_run_and_differ():
     losses = []
     for options in ({"M": 2, "task_lr": 0.5}, {"M": 2, "task_lr": 0.5, "order": 2}):
         algorithm = first_algorithm("fedmetanas", setting, nodes=1, **options)
-        step = make_round(algorithm, seed=SEED, cohort_size=COHORT, at_once=1)
+        step = make_round(algorithm, cohort_size=COHORT, at_once=1)
         state, metrics = step(init_state(algorithm, SEED, CLIENTS), DATA, jnp.int32(1))
         assert metrics["finite"].all()
         losses.append(float(jnp.sum(jnp.abs(state.server_state.params["head_kernel"]))))

@@ -22,7 +22,7 @@ LONGEST_FILE = 300
 FLOOR = {
     "core": 0, "tree": 0, "topology": 0, "options": 0,
     "data": 1, "models": 1, "nas": 1,
-    "local": 2, "maml": 2,
+    "local": 2, "maml": 2, "optimizers": 2,
     "engine": 3, "algorithms": 3,
 }  # fmt: skip
 FOLDERS = ("data", "models", "nas", "engine", "algorithms")
@@ -138,7 +138,7 @@ def datasets_late(path, tree):
 
 def written_for_one_client(path, tree):
     """Compiling, batching over clients, devices, host randomness, configs and logs are other floors' work."""
-    if room(path) not in ("algorithms", "local", "maml"):
+    if room(path) not in ("algorithms", "local", "maml", "optimizers"):
         return
     machinery = {"jit", "pmap", "shard_map"}
     if room(path) != "local":  # which draws the batches of all epochs at once

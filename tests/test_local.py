@@ -9,7 +9,7 @@ import optax
 import pytest
 from toy_model import close, examples, jit, model_loss, same, toy_model, unchanged
 
-from fedmetanas_jax import local, tree
+from fedmetanas_jax import local, optimizers, tree
 
 KEY = jax.random.key(7)
 
@@ -22,7 +22,7 @@ def prefix(n, size):
 def compiled(model, sgd, batch, epochs, augment):
     params, stats = model.init(jax.random.key(1))
     options = dict(batch=batch, epochs=epochs, augment=augment, momentum=model.momentum)
-    loss, optimizer = model_loss(model), local.sgd(*sgd)
+    loss, optimizer = model_loss(model), optimizers.sgd(*sgd)
     return jit(lambda data: local.fit(loss, optimizer, params, stats, data, KEY, **options))
 
 
@@ -112,7 +112,7 @@ def test_cross_entropy_and_accuracy_by_hand():
 
 def test_sgd_clips_then_decays_then_adds_momentum():
     params, grads = {"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([3.0, 4.0])}
-    optimizer = local.sgd(0.1, momentum=0.5, weight_decay=0.2, clip=1.0)
+    optimizer = optimizers.sgd(0.1, momentum=0.5, weight_decay=0.2, clip=1.0)
     state = optimizer.init(params)
     first, state = optimizer.update(grads, state, params)
     # (3, 4) / 5 + 0.2 (1, 2) = (0.8, 1.2)
@@ -126,7 +126,7 @@ def test_sgd_takes_a_traced_rate():
 
     @jit
     def step(lr):
-        optimizer = local.sgd(lr)
+        optimizer = optimizers.sgd(lr)
         return optimizer.update(jnp.array([2.0]), optimizer.init(params), params)[0]
 
     np.testing.assert_allclose([step(0.5)[0], step(0.25)[0]], [-1.0, -0.5])
@@ -134,7 +134,7 @@ def test_sgd_takes_a_traced_rate():
 
 
 def test_cosine_end_points():
-    lr = jit(local.cosine(100, 0.025, 0.001))
+    lr = jit(optimizers.cosine(100, 0.025, 0.001))
     np.testing.assert_allclose([lr(0), lr(50), lr(100), lr(140)], [0.025, 0.013, 0.001, 0.001], rtol=1e-5)
 
 
@@ -146,7 +146,7 @@ def test_only_the_selected_leaves_move():
         seen.append(path)
         return path.startswith("head/")
 
-    optimizer = local.only(selected, local.sgd(1.0, momentum=0.9, weight_decay=0.5, clip=1.0))
+    optimizer = optimizers.only(selected, optimizers.sgd(1.0, momentum=0.9, weight_decay=0.5, clip=1.0))
     state = optimizer.init(params)
     grads = {"body": tree.scale(params["body"], 100.0), "head": {"kernel": jnp.array([0.6, 0.0, 0.8])}}
     updates, _ = optimizer.update(grads, state, params)
@@ -160,7 +160,7 @@ def test_one_batch_is_one_optimizer_step():
     model, data = toy_model(hidden=5, centred=True), examples(6)
     params, stats = model.init(jax.random.key(1))
     sgd = (0.1, 0.9, 1e-2, 0.5)
-    optimizer = local.sgd(*sgd)
+    optimizer = optimizers.sgd(*sgd)
 
     @jit
     def step(params):
@@ -180,7 +180,7 @@ def test_one_batch_is_one_optimizer_step():
 def test_momentum_lasts_through_the_epochs():
     model, data = toy_model(), examples(6)
     params, stats = model.init(jax.random.key(1))
-    optimizer = local.sgd(0.1, 0.9, 0.1)
+    optimizer = optimizers.sgd(0.1, 0.9, 0.1)
     fitted, *_ = fit(data, model=model, batch=6, epochs=3)
 
     @jit

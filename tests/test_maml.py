@@ -9,7 +9,7 @@ import optax
 import pytest
 from toy_model import close, examples, jit, model_loss, same, toy_model, unchanged
 
-from fedmetanas_jax import local, maml, tree
+from fedmetanas_jax import local, maml, optimizers, tree
 from fedmetanas_jax.core import Examples
 
 KEY = jax.random.key(7)
@@ -136,7 +136,7 @@ def test_adapt_takes_one_step_a_batch():
     assert visited["loss"].tolist() == [16, 2]
 
 
-META = local.sgd(0.1, 0.9, 0.1, 1.0)
+META = optimizers.sgd(0.1, 0.9, 0.1, 1.0)
 
 
 @lru_cache

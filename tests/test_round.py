@@ -13,8 +13,9 @@ import pytest
 import toy
 
 from fedmetanas_jax import tree
+from fedmetanas_jax.engine import client_states
 from fedmetanas_jax.engine import round as engine
-from fedmetanas_jax.engine.mesh import clients_mesh, put_data
+from fedmetanas_jax.engine.mesh import OWN, clients_mesh, padded, put_data, put_state
 
 CLIENTS, COHORT, SEED = 7, 5, 3
 
@@ -33,7 +34,7 @@ def start(seed=SEED):
 
 
 def run(data, rounds=2, algorithm=toy.ALGORITHM, seed=SEED, at_once=1, cohort_size=COHORT, make=compiled):
-    step = make(algorithm, seed=seed, cohort_size=cohort_size, at_once=at_once)
+    step = make(algorithm, cohort_size=cohort_size, at_once=at_once)
     state, rows = start(seed), []
     for r in range(rounds):
         state, metrics = step(state, data, jnp.int32(r + 1))
@@ -127,7 +128,7 @@ def test_examples_weigh_what_the_client_holds_and_no_padding(data):
 
 def test_schedules_get_the_servers_round_and_the_engine_its_own(data):
     state = start()._replace(round=jnp.int32(40))
-    step = compiled(toy.ALGORITHM, seed=SEED, cohort_size=COHORT, at_once=1)
+    step = compiled(toy.ALGORITHM, cohort_size=COHORT, at_once=1)
     state, metrics = step(state, data, jnp.int32(41))
     assert (state.round, state.server_state.round) == (41, 1)
     np.testing.assert_array_equal(metrics["client"][0], engine.cohort(SEED, 40, CLIENTS, COHORT))
@@ -142,6 +143,8 @@ def test_all_at_once_is_one_by_one(data, two_rounds, at_once):
 def test_same_seed_same_bits(data, two_rounds):
     same_bits(run(data, make=engine.make_round), two_rounds)
     assert np.any(run(data, seed=SEED + 1)[1]["loss"] != two_rounds[1]["loss"])
+    # The seed is a value: runs of other seeds share the program.
+    assert compiled(toy.ALGORITHM, cohort_size=COHORT, at_once=1)._cache_size() == 1
 
 
 def test_order_of_the_cohort_is_irrelevant(data, two_rounds, monkeypatch):
@@ -154,7 +157,7 @@ def test_order_of_the_cohort_is_irrelevant(data, two_rounds, monkeypatch):
 
 
 def test_clients_not_chosen_keep_their_state_bit_for_bit(data):
-    step = engine.make_round(toy.ALGORITHM, seed=SEED, cohort_size=2, at_once=1)
+    step = engine.make_round(toy.ALGORITHM, cohort_size=2, at_once=1)
     odd = jnp.arange(CLIENTS, dtype=jnp.float32) / 3
     state = start()
     state = state._replace(client_states=state.client_states | {"noise": odd})
@@ -167,6 +170,39 @@ def test_clients_not_chosen_keep_their_state_bit_for_bit(data):
     np.testing.assert_array_equal(state.client_states["turns"], turns)
 
 
+def test_states_on_the_host_are_handed_to_the_round_and_taken_back(data, two_rounds):
+    step = engine.make_round(toy.ALGORITHM, cohort_size=COHORT, at_once=1, hosted=True)
+    state = engine.init_state(toy.ALGORITHM, SEED, CLIENTS, hosted=True)
+    everyone = state.client_states
+    assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(everyone))
+    for r in range(2):
+        chosen = np.asarray(engine.cohort(SEED, r, CLIENTS, COHORT))
+        given = state._replace(client_states=jax.tree.map(jnp.asarray, tree.take(everyone, chosen)))
+        state, metrics = step(given, data, jnp.int32(r + 1))
+        client_states.put_on_host(everyone, chosen, state.client_states)
+        np.testing.assert_array_equal(metrics["client"][0], chosen)
+    same_bits(state._replace(client_states=everyone), two_rounds[0])
+
+
+def test_where_states_are_kept_is_said(monkeypatch):
+    assert client_states.place("auto", 2 * 10**9, 1) == (False, "clients' states take 2 GB, kept on the device")
+    assert client_states.place("host", 10**6, 1) == (True, "clients' states take 0.001 GB, kept on the host")
+
+    class Device:
+        def memory_stats(self):
+            return {"bytes_limit": 10 * 10**9, "bytes_in_use": 2 * 10**9}
+
+    monkeypatch.setattr(jax, "devices", lambda: [Device()])
+    assert not client_states.place("auto", 3 * 10**9, 1)[0]
+    hosted, why = client_states.place("auto", 4 * 10**9, 1)
+    assert hosted
+    assert why == "clients' states take 4 GB, too much beside the 8 GB free on a device: kept on the host"
+    assert not client_states.place("auto", 4 * 10**9, 2)[0]  # half of it on each of two
+    hosted, why = client_states.place("device", 4 * 10**9, 1)
+    assert not hosted
+    assert "client_states=host" in why
+
+
 def test_turns_add_up_over_rounds(two_rounds):
     state, metrics = two_rounds
     counted = np.bincount(metrics["client"].ravel(), minlength=CLIENTS)
@@ -175,7 +211,7 @@ def test_turns_add_up_over_rounds(two_rounds):
 
 def test_a_block_of_rounds_is_its_rounds_one_by_one(data):
     single, rows = run(data, rounds=6)
-    step = engine.make_round(toy.ALGORITHM, seed=SEED, cohort_size=COHORT, at_once=1, block=4)
+    step = engine.make_round(toy.ALGORITHM, cohort_size=COHORT, at_once=1, block=4)
     state, first = step(start(), data, jnp.int32(100))
     assert state.round == 4
     same_bits(jax.tree.map(np.asarray, first), jax.tree.map(lambda x: x[:4], rows))
@@ -188,7 +224,7 @@ def test_a_block_of_rounds_is_its_rounds_one_by_one(data):
 
 @pytest.mark.parametrize("block", [1, 3])
 def test_a_round_moves_nothing_between_host_and_device_and_compiles_once(data, block):
-    step = engine.make_round(toy.ALGORITHM, seed=SEED, cohort_size=COHORT, at_once=1, block=block)
+    step = engine.make_round(toy.ALGORITHM, cohort_size=COHORT, at_once=1, block=block)
     state, stops = start(), [jnp.int32(block), jnp.int32(2 * block)]
     for stop in stops:
         donated = state
@@ -206,7 +242,7 @@ def test_a_block_traces_the_client_once(data):
         return toy.client_update(*args)
 
     step = engine.make_round(
-        toy.ALGORITHM._replace(client_update=client_update), seed=SEED, cohort_size=2, at_once=1, block=3
+        toy.ALGORITHM._replace(client_update=client_update), cohort_size=2, at_once=1, block=3
     )
     step.lower(start(), data, jnp.int32(3))
     assert len(traced) == 1
@@ -240,7 +276,7 @@ def test_wrong_requests_are_refused_in_words(data):
     with pytest.raises(ValueError, match="at_once=-1"):
         run(data, at_once=-1)
     with pytest.raises(ValueError, match="block=0"):
-        engine.make_round(toy.ALGORITHM, seed=0, cohort_size=1, at_once=1, block=0)
+        engine.make_round(toy.ALGORITHM, cohort_size=1, at_once=1, block=0)
     with pytest.raises(ValueError, match="a name twice"):
         run(data, algorithm=toy.ALGORITHM._replace(report=lambda server: {"loss": server.round}))
     there = len(jax.devices())
@@ -266,24 +302,32 @@ def on_four_devices():
     for size, at_once, block in cases:
         got = []
         for where in (None, mesh):
-            step = engine.make_round(
-                toy.ALGORITHM, seed=SEED, cohort_size=size, at_once=at_once, mesh=where, block=block
-            )
-            state, rows = put_data(start(), where), []
-            local, stop = put_data(data, where), put_data(jnp.int32(100), where)
+            step = engine.make_round(toy.ALGORITHM, cohort_size=size, at_once=at_once, mesh=where, block=block)
+            state = engine.init_state(toy.ALGORITHM, SEED, CLIENTS, where)
+            # A negative zero must come through the mesh as one.
+            noise = jnp.full_like(state.client_states["noise"], -0.0)
+            state = put_state(state._replace(client_states=state.client_states | {"noise": noise}), where)
+            rows, local, stop = [], put_data(data, where), put_data(jnp.int32(100), where)
             for _ in range(2):
                 with jax.transfer_guard("disallow"):
                     state, metrics = step(state, local, stop)
                 rows.append(jax.tree.map(np.asarray, metrics))
             assert step._cache_size() == 1, (size, at_once, block, step._cache_size())
-            got.append((jax.tree.map(np.asarray, state), rows))
+            if where is not None:
+                shard = state.client_states["turns"].addressable_shards[0].data
+                assert shard.shape == (2,), shard.shape  # 7 clients on 4 devices
+            host = jax.tree.map(np.asarray, state)
+            host = host._replace(client_states=jax.tree.map(lambda x: x[:CLIENTS], host.client_states))
+            got.append((host, rows))
         same_bits(*got)
         print("same bits", size, at_once, block)
-    ways = [
-        make_personal(toy.ALGORITHM, seed=SEED, batch=2, bn_eval="recalibrated", at_once=1, mesh=where)
-        for where in (None, mesh)
-    ]
-    same_bits(ways[0](start(), data), ways[1](put_data(start(), mesh), put_data(data, mesh)))
+    found = []
+    for where in (None, mesh):
+        personal = make_personal(toy.ALGORITHM, batch=2, bn_eval="recalibrated", at_once=1, mesh=where)
+        state = engine.init_state(toy.ALGORITHM, SEED, CLIENTS, where)
+        ids = put_data(jnp.arange(padded(CLIENTS, where), dtype=jnp.int32) % CLIENTS, where, OWN)
+        found.append(np.asarray(personal(state, ids, put_data(data, where), jnp.int32(1)))[:CLIENTS])
+    same_bits(*found)
 
 
 def test_a_mesh_of_four_devices_is_one_device_bit_for_bit():

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedmetanas_jax.core import Algorithm, ClientUpdate, FederatedData, Net
-from fedmetanas_jax.tree import lerp, sub
+from fedmetanas_jax.tree import lerp, sub, where
 
 CLASSES, PIXELS, MOMENTUM = 4, 64, 0.1
 
@@ -65,8 +65,9 @@ def server_update(server, mean):
     return Server(server.round + 1, params, stats)
 
 
-def personalize(server, client_state, data, key):
-    return fit(Net(server.params, server.stats), data, key, steps=1)[0]
+def personalize(server, client_state, data, key, steps):
+    start = Net(server.params, server.stats)
+    return where(steps > 0, fit(start, data, key, steps=1)[0], start)
 
 
 ALGORITHM = Algorithm(

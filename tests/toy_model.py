@@ -46,7 +46,8 @@ def toy_model(classes=3, hidden=0, centred=False, momentum=0.1) -> Model:
             x = x @ layer["kernel"] + layer["bias"]
         return x, stats
 
-    return Model(init, apply, momentum, macs=sum(a * b for a, b in zip(sizes, sizes[1:], strict=False)))
+    macs = sum(a * b for a, b in zip(sizes, sizes[1:], strict=False))
+    return Model(init, apply, momentum, macs, head=(f"layer{len(sizes) - 2}",))
 
 
 def model_loss(model: Model):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedmetanas_jax import local, maml
+from fedmetanas_jax import local, maml, optimizers
 from fedmetanas_jax.core import (
     Algorithm,
     Alpha,
@@ -65,7 +65,6 @@ def fedmetanas(
     prune_every: int = 50,
     threshold: float = 0.01,
     terminal: bool = True,
-    adapt_epochs: int = 1,
     order: Literal[1, 2] = 1,
     tasks: Literal["pairs", "one", "split"] = "pairs",
 ) -> list[Phase]:
@@ -86,7 +85,6 @@ def fedmetanas(
       prune_from, prune_until, prune_every, threshold: events every so many rounds between those shares of
         the run clear what weighs less than the threshold (D-13, D-14).
       terminal: the last event leaves one pair per node and one operation per edge.
-      adapt_epochs: of inner steps on a client's own images before its local accuracy "after adaptation" (D-27).
       order: 2 differentiates through the inner steps; memory grows with M, time about doubles (D-33).
       tasks: how an epoch is cut into support and query (D-7).
     """
@@ -98,7 +96,6 @@ def fedmetanas(
     _check(temperature=(temperature, temperature > 0, "positive"))
     _check(temperature_end=(temperature_end, temperature_end > 0, "positive"))
     _check(temperature_until=(temperature_until, 0 < temperature_until <= 1, "above 0, at most 1"))
-    _check(adapt_epochs=(adapt_epochs, adapt_epochs >= 0, "0 or more"))
 
     def share(round: Array) -> Array:
         return round / setting.rounds
@@ -107,7 +104,7 @@ def fedmetanas(
         progress = jnp.clip(share(round) / temperature_until, 0.0, 1.0)
         return temperature + (temperature_end - temperature) * progress
 
-    lr_at = local.cosine(setting.rounds, lr, lr_end)
+    lr_at = optimizers.cosine(setting.rounds, lr, lr_end)
 
     def make(plan) -> Algorithm:
         net = space.make(plan)
@@ -131,10 +128,10 @@ def fedmetanas(
 
             hold = _hold(server.mask, searching)
             task = _each(
-                optax.sgd(task_lr), optax.chain(optax.sgd(task_alpha_lr * temperature), hold)
+                optimizers.sgd(task_lr), optax.chain(optimizers.sgd(task_alpha_lr * temperature), hold)
             )
             meta = _each(
-                local.sgd(lr_at(server.round), momentum, weight_decay, clip),
+                optimizers.sgd(lr_at(server.round), momentum, weight_decay, clip),
                 optax.chain(_adam(alpha_lr, alpha_weight_decay), hold),
             )
             return loss, task, meta
@@ -156,12 +153,12 @@ def fedmetanas(
             alpha = Alpha(*map(jnp.where, server.mask, alpha, server.alpha))
             return server._replace(round=server.round + 1, params=params, stats=stats, alpha=alpha)
 
-        def personalize(server: ServerState, client_state, data: Examples, key) -> Net:
-            loss, task, _ = pieces(server)
+        def personalize(server: ServerState, client_state, data: Examples, key, steps) -> Net:
+            loss, task, _ = pieces(server)  # inner steps, one after another over the client's images (D-27)
             variables, stats, _ = local.fit(
                 loss, task,
                 {"params": server.params, "alpha": server.alpha}, server.stats, data, key,
-                batch=setting.batch, epochs=adapt_epochs, augment=setting.augment, momentum=net.momentum,
+                batch=setting.batch, epochs=setting.epochs, augment=setting.augment, momentum=net.momentum, steps=steps,
             )  # fmt: skip
             mix = relax.mix(variables["alpha"], server.mask, temperature_at(server.round))
             return Net(variables["params"], stats, mix)
@@ -186,7 +183,7 @@ def fedmetanas(
             init, client_update, server_update, personalize,
             forward=lambda model, image, train: net.apply(model.params, model.stats, image, model.mix, train),
             broadcast=lambda server: (server.params, server.stats, server.alpha, server.mask),
-            macs=net.macs,
+            macs=net.macs, depth="epoch", least_rows=2 * setting.batch,
             global_model=soft_model, discrete_model=discrete_model, report=report,
         )  # fmt: skip
 

@@ -91,7 +91,7 @@ class Checkpoints:
     def restore(self, step: int, like: Tree) -> Tree:
         """The state of `step` in the structure of `like`, a pytree of arrays or ShapeDtypeStructs.
 
-        Leaves are jax arrays on the default device, committed to none.
+        Leaves are numpy arrays where they are in `like`, else jax arrays on the default device, committed to none.
         DamagedCheckpoint: it is not what was saved. CheckpointError: it is, but `like` is another state.
         """
         body = self._body(step)
@@ -114,12 +114,13 @@ class Checkpoints:
         if hashlib.sha256(row).hexdigest() != body["state_sha256"]:
             raise DamagedCheckpoint("its state is not the one whose SHA-256 was saved with it")
         parts = np.split(row, np.cumsum(sizes)[:-1])
-        # jnp.array copies, so that the buffers are jax's own and may be donated.
-        return jax.tree.map(
-            lambda x, part: jnp.array(part.view(x.dtype).reshape(x.shape)),
-            like,
-            jax.tree.unflatten(jax.tree.structure(like), parts),
-        )
+
+        def leaf(x, part: np.ndarray):
+            value = part.view(x.dtype).reshape(x.shape)
+            # Both copy: jax's buffers must be its own to be donated, and numpy's to be written to.
+            return value.copy() if isinstance(x, np.ndarray) else jnp.array(value)
+
+        return jax.tree.map(leaf, like, jax.tree.unflatten(jax.tree.structure(like), parts))
 
     def restore_newest(
         self, template: Callable[[dict], Tree], say: Callable[[str], None]

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from fedmetanas_jax import tree
-from fedmetanas_jax.core import Algorithm, Array, Examples, FederatedData, Net, RoundState
-from fedmetanas_jax.engine.round import apart, cohort, map_clients, on_mesh, stream_key, train_examples
+from fedmetanas_jax.core import Algorithm, Array, Depth, Examples, FederatedData, Net, RoundState
+from fedmetanas_jax.engine.mesh import ALL, OWN, STATE, on_mesh
+from fedmetanas_jax.engine.round import apart, cohort, map_some, stream_key, train_examples
 
 BN_EVAL = ("running", "batch", "recalibrated")
 
@@ -84,9 +84,9 @@ def make_evaluate(algorithm: Algorithm, *, batch: int, bn_eval: str) -> Callable
     return evaluate
 
 
-@partial(jax.jit, static_argnums=(1, 3, 4))
+@partial(jax.jit, static_argnums=(3, 4))
 def calibration_rows(
-    data: FederatedData, seed: int, round: Array, cohort_size: int, count: int = 2000
+    data: FederatedData, seed: Array | int, round: Array, cohort_size: int, count: int = 2000
 ) -> Array:
     """[count] int32: rows of the pool drawn from all training rows of that round's cohort together.
 
@@ -124,30 +124,40 @@ def summary(accuracy: Array) -> dict[str, Array]:
 
 
 def make_personal(
-    algorithm: Algorithm, *, seed: int, batch: int, bn_eval: str, at_once: int, mesh: Mesh | None = None
+    algorithm: Algorithm, *, batch: int, bn_eval: str, at_once: int, mesh: Mesh | None = None
 ) -> Callable:
-    """-> personal(state: RoundState, data) -> accuracy [clients] after adaptation, jitted.
+    """-> personal(state: RoundState, clients [s], data, steps []) -> accuracy [s] after adaptation, jitted.
 
-    Every client personalizes on its training rows and answers its test rows; the state is left as it is.
-    "recalibrated" takes the client's own training rows (the repeats that fill them up included). `at_once`
-    and `mesh` as in make_round. Randomness is a function of (seed, state.round, client), not training's.
+    Every one of `clients` int32 personalizes on its training rows for `steps` int32 steps (a value: one program
+    for every depth) and answers its test rows; the state is left as it is. state.client_states are the rows of
+    just these clients. "recalibrated" takes the client's own training rows (the repeats that fill them up
+    included). `at_once` as in make_round; on a mesh s is a multiple of its size, and a device works on the
+    share whose states it holds. Randomness is a function of (seed, state.round, client), not training's.
     """
     check_bn_eval(bn_eval)
 
-    def adapted(server_state, client_state, own: Examples, key, image: Array, label: Array, size: Array):
-        net = algorithm.personalize(server_state, client_state, own, key)
+    def adapted(server_state, client_state, own: Examples, key, steps, image: Array, label: Array, size: Array):
+        net = algorithm.personalize(server_state, client_state, own, key, steps)
         if bn_eval == "recalibrated":
             net = recalibrate(algorithm.forward, net, own.image, batch)
         correct, _ = answers(algorithm.forward, net, image, label, size, batch, bn_eval == "batch")
         return jnp.sum(correct & (jnp.arange(label.size) < size)) / size
 
-    def personal(state: RoundState, data: FederatedData) -> Array:
-        def client(k: Array) -> Array:
-            start = state.server_state, tree.take(state.client_states, k), train_examples(data, k)
-            key = stream_key(seed, "personal", state.round, k)
+    def personal(state: RoundState, clients: Array, data: FederatedData, steps: Array) -> Array:
+        def client(x) -> Array:
+            k, client_state = x
+            start = state.server_state, client_state, train_examples(data, k)
+            key = stream_key(state.seed, "personal", state.round, k)
             image, label = data.image[data.test[k]], data.label[data.test[k]]
-            return apart(adapted)(*start, key, image, label, data.test_size[k])
+            return apart(adapted)(*start, key, steps, image, label, data.test_size[k])
 
-        return map_clients(client, jnp.arange(data.train.shape[0], dtype=jnp.int32), at_once, mesh)
+        return map_some(client, (clients, state.client_states), at_once)
 
-    return jax.jit(on_mesh(personal, mesh))
+    return jax.jit(on_mesh(personal, mesh, (STATE, OWN, ALL, ALL), OWN))
+
+
+def depths(data: FederatedData, batch: int, epochs: int) -> dict[Depth, int]:
+    """The steps of personalisation that local accuracy is measured after, by name; an epoch is a pass over the
+    training rows in batches."""
+    epoch = -(-data.train.shape[1] // batch)
+    return {"none": 0, "step": 1, "epoch": epoch, "epochs": epochs * epoch}

@@ -1,10 +1,16 @@
-"""The devices of a run: one mesh axis, `clients`."""
+"""The devices of a run: one mesh axis, `clients`; what every device holds, and what is divided among them."""
+
+from collections.abc import Callable
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fedmetanas_jax.core import Tree
+from fedmetanas_jax.core import RoundState, Tree
+
+ALL = PartitionSpec()  # a full copy on every device
+OWN = PartitionSpec("clients")  # the leading axis divided, a consecutive share each
+STATE = RoundState(round=ALL, seed=ALL, server_state=ALL, client_states=OWN)
 
 
 def clients_mesh(devices: int) -> Mesh | None:
@@ -20,6 +26,24 @@ def clients_mesh(devices: int) -> Mesh | None:
     return None if count == 1 else Mesh(np.array(there[:count]), ("clients",))
 
 
-def put_data(data: Tree, mesh: Mesh | None) -> Tree:
-    """The data (or a restored state, or `stop`) on the device, a full copy on each one of the mesh."""
-    return jax.device_put(data, None if mesh is None else NamedSharding(mesh, PartitionSpec()))
+def padded(clients: int, mesh: Mesh | None) -> int:
+    """The rows that clients' states have: as many as clients, filled up to equal shares of the devices."""
+    return clients if mesh is None else -(-clients // mesh.size) * mesh.size
+
+
+def put_data(data: Tree, mesh: Mesh | None, spec: PartitionSpec = ALL) -> Tree:
+    """The data (or `stop`, ...) on the device; on each one of the mesh, in full unless `spec` divides it."""
+    return jax.device_put(data, None if mesh is None else NamedSharding(mesh, spec))
+
+
+def put_state(state: RoundState, mesh: Mesh | None) -> RoundState:
+    """A state on the devices, the clients' states divided among them."""
+    return RoundState(*(put_data(part, mesh, spec) for part, spec in zip(state, STATE, strict=True)))
+
+
+def on_mesh(function: Callable, mesh: Mesh | None, in_specs: Tree, out_specs: Tree) -> Callable:
+    """The function, run by every device of the mesh on what the specs give it."""
+    if mesh is None:
+        return function
+    # check_vma would make a client's gradient of the replicated server state a sum over all devices.
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

@@ -259,7 +259,7 @@ def mobilenetv3(
         return logits, found["batch_stats"]
 
     macs = multiply_adds(shape, classes, stem, VARIANTS[variant])
-    return Model(init, apply, momentum=BN_MOMENTUM, macs=macs)
+    return Model(init, apply, momentum=BN_MOMENTUM, macs=macs, head=("head",))
 
 
 def multiply_adds(shape, classes: int, stem: int, variant: Variant) -> int:

@@ -1,0 +1,86 @@
+"""The compiled programs of one algorithm, and how a run goes about its rounds."""
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from fedmetanas_jax.core import Algorithm, FederatedData, Net, RoundState
+from fedmetanas_jax.engine import evaluate
+from fedmetanas_jax.engine.round import make_round
+
+
+class Plan(NamedTuple):
+    """How a run goes about its rounds; the names are Config's."""
+
+    rounds: int
+    seed: int
+    clients: int
+    cohort: int
+    batch: int
+    epochs: int
+    at_once: int
+    block: int
+    client_states: str
+    bn_eval: str
+    eval_batch: int
+    eval_every: int
+    adapt_every: int
+    final_adapt: bool
+    checkpoint_every: int
+
+
+class Programs:
+    """The compiled programs of one algorithm; compiling is announced, and its seconds are kept apart."""
+
+    def __init__(
+        self, algorithm: Algorithm, plan: Plan, data: FederatedData, mesh: Mesh | None, hosted: bool, say: Callable
+    ):
+        self.algorithm, self.plan, self.data, self.say = algorithm, plan, data, say
+        self.seconds = 0.0
+        common = {"at_once": plan.at_once, "mesh": mesh}
+        sizes = {"batch": plan.eval_batch, "bn_eval": plan.bn_eval}
+        self._jitted = {
+            "round": make_round(algorithm, cohort_size=plan.cohort, block=plan.block, hosted=hosted, **common),
+            "evaluation": evaluate.make_evaluate(algorithm, **sizes),
+            "adaptation": evaluate.make_personal(algorithm, **sizes, **common),
+        }
+        self._compiled: dict = {}
+        # Small, but operation by operation they would be compiled a hundred times over.
+        self.global_model, self.discrete_model, self.report = (
+            jax.jit(made) if made else None
+            for made in (algorithm.global_model, algorithm.discrete_model, algorithm.report)
+        )
+
+    def __call__(self, name: str, *arguments):
+        if name not in self._compiled:
+            self.say(f"compiling the {name} (kept in JAX's cache for the next run) ...")
+            start = time.perf_counter()
+            self._compiled[name] = self._jitted[name].lower(*arguments).compile()
+            seconds = time.perf_counter() - start
+            self.seconds += seconds
+            self.say(f"compiled the {name} in {seconds:.1f} s")
+        return self._compiled[name](*arguments)
+
+    def spent_compiling(self) -> float:
+        """Seconds since the last call."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+    def accuracies(self, net: Net, state: RoundState) -> tuple[float, dict, float]:
+        """(server accuracy, local accuracies without adaptation, loss) of one network for everybody."""
+        last = jnp.maximum(state.round - 1, 0)
+        rows = None
+        if self.plan.bn_eval == "recalibrated":
+            rows = evaluate.calibration_rows(self.data, state.seed, last, self.plan.cohort)
+        correct, loss = self("evaluation", net, self.data, rows)
+        local = evaluate.summary(evaluate.local_accuracy(correct, self.data))
+        return float(evaluate.server_accuracy(correct)), floats(local), float(loss)
+
+
+def floats(summary: dict) -> dict:
+    """Arrays [] as Python numbers, fit for a record."""
+    return {name: float(x) for name, x in summary.items()}
