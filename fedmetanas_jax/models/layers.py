@@ -32,7 +32,8 @@ def normalize(image: Array, mean: Array, std: Array, dtype) -> Array:
 
 def pointwise(x: Array, kernel: Array) -> Array:
     """1x1 convolution: x [I, H, W, N], kernel [O, I] -> [O, H, W, N], a plain matrix product."""
-    return jnp.einsum("oi,ihwn->ohwn", kernel.astype(x.dtype), x)
+    flat = x.reshape(x.shape[0], -1)
+    return (kernel.astype(x.dtype) @ flat).reshape(kernel.shape[0], *x.shape[1:])
 
 
 def _wide(x: Array) -> Array:
