@@ -86,8 +86,8 @@ def factorized_reduce(relu_x: Array, even: Array, odd: Array) -> Array:
 
     relu_x [I, H, W, N] (after its ReLU), even and odd [O/2, I] -> [O, H/2, W/2, N], before its batch norm.
     """
-    first = layers.pointwise(relu_x[:, ::2, ::2], even)
-    second = layers.pointwise(relu_x[:, 1::2, 1::2], odd)
+    first = layers.pointwise(layers.settled(relu_x[:, ::2, ::2]), even)
+    second = layers.pointwise(layers.settled(relu_x[:, 1::2, 1::2]), odd)
     return jnp.concatenate([first, second])
 
 
@@ -100,10 +100,10 @@ def _operation(op: str, x: Array, relu_x: Array, weights: dict, norm: Norms, str
         return x if stride == 1 else norm("norm", factorized_reduce(relu_x, weights["even"], weights["odd"]))
     dilation = 2 if op.startswith("dil") else 1
     y = layers.depthwise(relu_x, weights["depthwise"], stride, dilation)
-    y = norm("norm", layers.pointwise(y, weights["pointwise"]))
+    y = norm("norm", layers.pointwise(layers.settled(y), weights["pointwise"]))
     if op.startswith("sep"):
         y = layers.depthwise(jax.nn.relu(y), weights["depthwise_2"], 1, 1)
-        y = norm("norm_2", layers.pointwise(y, weights["pointwise_2"]))
+        y = norm("norm_2", layers.pointwise(layers.settled(y), weights["pointwise_2"]))
     return y
 
 

@@ -32,7 +32,27 @@ def normalize(image: Array, mean: Array, std: Array, dtype) -> Array:
 
 def pointwise(x: Array, kernel: Array) -> Array:
     """1x1 convolution: x [I, H, W, N], kernel [O, I] -> [O, H, W, N], a plain matrix product."""
-    return jnp.einsum("oi,ihwn->ohwn", kernel.astype(x.dtype), x)
+    flat = x.reshape(x.shape[0], -1)
+    return (kernel.astype(x.dtype) @ flat).reshape(kernel.shape[0], *x.shape[1:])
+
+
+@jax.custom_vjp
+def settled(x: Array) -> Array:
+    """x, kept by XLA:CPU as an array of its own instead of computed inside whatever reads it.
+
+    A pointwise layer reads its input as [C, H W N]. XLA:CPU would merge that reshape into the loop before
+    it; a loop over shifted or strided slices then no longer knows its rows and runs four to eight times
+    slower. Nothing is fused across a conditional; elsewhere this is the identity.
+    """
+    return lax.platform_dependent(x, cpu=_through_conditional, default=lambda x: x)
+
+
+def _through_conditional(x):
+    # The barrier hides the constant from the passes that would remove the conditional, and leaves in time.
+    return lax.cond(lax.optimization_barrier(jnp.bool_(True)), lambda x: x, jnp.zeros_like, x)
+
+
+settled.defvjp(lambda x: (settled(x), None), lambda _, g: (g,))
 
 
 def _wide(x: Array) -> Array:
