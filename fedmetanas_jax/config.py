@@ -202,17 +202,18 @@ def cifar10_small() -> Config:
     """
     return Config(
         clients=20,
-        cohort=4,
-        rounds=200,
+        cohort=6,
+        rounds=300,
         epochs=1,
-        width=8,
+        batch=16,
+        width=12,
         cells=3,
         nodes=2,
         network="mobilenetv3_tiny",
         devices=2,
         bn_eval="recalibrated",
         eval_every=20,
-        options=EARLY | {"prune_from": 0.04, "prune_until": 0.1, "prune_every": 6, "temperature_until": 0.1},
+        options=EARLY | {"prune_from": 0.014, "prune_until": 0.03, "prune_every": 3, "temperature_until": 0.03},
     )
 
 
