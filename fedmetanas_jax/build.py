@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import jax
@@ -60,7 +61,7 @@ def make_phases(config: Config, dataset: sources.Dataset) -> tuple[list[Phase], 
         network = make_network(config, dataset, factory, jnp.bfloat16 if bfloat16 else jnp.float32)
         made = factory(network.made, setting, **config.options)
         phases = one_phase(made) if isinstance(made, Algorithm) else made
-        phases[0].make(phases[0].enter(None)[0])  # an image the network cannot take is found here
+        first_algorithm(phases)  # an image the network cannot take is found here
     except ValueError as error:
         raise UsageError(str(error)) from error
     return phases, network
@@ -115,12 +116,10 @@ def run(
             mesh = clients_mesh(config.devices)
         except ValueError as error:
             raise UsageError(str(error)) from error
-        first = phases[0].make(phases[0].enter(None)[0])
-        data = make_data(config, dataset, first.least_rows, workdir)
+        data = make_data(config, dataset, first_algorithm(phases).least_rows, workdir)
         names = Plan._fields
         plan = Plan(**{name: getattr(config, name) for name in names})
-        if config.at_once < 0:
-            plan = plan._replace(at_once=1 if jax.default_backend() == "cpu" else 0)
+        plan = plan._replace(at_once=clients_at_once(config))
         outcome = engine.run(
             phases, data, plan, workdir=workdir, mesh=mesh, stop_after=stop_after, go_on=command
         )
@@ -128,6 +127,28 @@ def run(
         curves.draw(records.read(workdir / "records.jsonl"), workdir / "curves.png", title)
         if outcome is not None:
             finish(config, dataset, chosen, data, *outcome, workdir=workdir)
+
+
+def first_algorithm(phases: list[Phase]) -> Algorithm:
+    """What a run's first rounds run."""
+    return phases[0].make(phases[0].enter(None)[0])
+
+
+def without_a_run(config: Config, data_dir: str | None) -> tuple[Algorithm, FederatedData]:
+    """What a run of `config` would start with, for measurements; nothing is left behind. Raises as `run`."""
+    validate(config)
+    prepare_jax(config)
+    dataset = sources.load(config.dataset, sources.data_dir(data_dir))
+    algorithm = first_algorithm(make_phases(config, dataset)[0])
+    with tempfile.TemporaryDirectory() as folder:
+        return algorithm, make_data(config, dataset, algorithm.least_rows, Path(folder))
+
+
+def clients_at_once(config: Config) -> int:
+    """config.at_once, or what suits the backend: one client after another on a CPU, else all."""
+    if config.at_once >= 0:
+        return config.at_once
+    return 1 if jax.default_backend() == "cpu" else 0
 
 
 def keep_genotype(chosen: Network, workdir: Path) -> None:

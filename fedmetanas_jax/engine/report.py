@@ -54,7 +54,10 @@ def summarize(lines: list[dict]) -> dict:
     best = max(scored, key=lambda line: line["server_accuracy"])
     seconds = [line["seconds"] for line in lines]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    names = ("server_accuracy", "server_accuracy_discrete", "local_accuracy", "local_accuracy_adapted")
+    names = (
+        "server_accuracy", "server_accuracy_discrete", "local_accuracy", "local_accuracy_adapted",
+        "local_accuracy_by_depth",
+    )  # fmt: skip
     return {
         "rounds": lines[-1]["round"],
         **{name: scored[-1][name] for name in names if name in scored[-1]},
