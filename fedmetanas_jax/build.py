@@ -28,6 +28,7 @@ from fedmetanas_jax.nas import picture as cell_picture
 from fedmetanas_jax.networks import Network, make_network
 from fedmetanas_jax.options import UsageError
 
+AHEAD = 25  # rounds in which a GPU is expected to have the next program compiled
 FAILURES = (UsageError, sources.DataError, records.WorkdirError, CheckpointError, NonFiniteError)
 CACHE = "~/.cache/fedmetanas_jax/xla"  # compiled programs, unless JAX_COMPILATION_CACHE_DIR says otherwise
 
@@ -46,7 +47,7 @@ def prepare_jax(config: Config) -> None:
 
 def one_phase(algorithm: Algorithm) -> list[Phase]:
     """A method that runs the same program from the first round to the last."""
-    return [Phase(0, lambda server_state: (None, server_state), lambda plan: algorithm)]
+    return [Phase(0, lambda server_state, plan: (None, server_state), lambda plan: algorithm)]
 
 
 def make_phases(config: Config, dataset: sources.Dataset) -> tuple[list[Phase], Network]:
@@ -55,9 +56,10 @@ def make_phases(config: Config, dataset: sources.Dataset) -> tuple[list[Phase], 
     on_cpu = jax.default_backend() == "cpu"
     bfloat16 = config.compute == "bfloat16" or (config.compute == "auto" and not on_cpu)
     mean, _ = sources.mean_std(config.dataset, dataset)
-    augment, share = augmenter(config.augment, mean=mean), config.cohort / config.clients
+    ahead = config.compile_ahead if config.compile_ahead >= 0 else 0 if on_cpu else AHEAD
     try:
-        setting = Setting(config.rounds, config.epochs, config.batch, augment, share)
+        augment, share = augmenter(config.augment, mean=mean), config.cohort / config.clients
+        setting = Setting(config.rounds, config.epochs, config.batch, augment, share, ahead)
         network = make_network(config, dataset, factory, jnp.bfloat16 if bfloat16 else jnp.float32)
         made = factory(network.made, setting, **config.options)
         phases = one_phase(made) if isinstance(made, Algorithm) else made
@@ -131,7 +133,7 @@ def run(
 
 def first_algorithm(phases: list[Phase]) -> Algorithm:
     """What a run's first rounds run."""
-    return phases[0].make(phases[0].enter(None)[0])
+    return phases[0].make(phases[0].enter(None, None)[0])
 
 
 def without_a_run(config: Config, data_dir: str | None) -> tuple[Algorithm, FederatedData]:

@@ -67,6 +67,12 @@ class Config:
     client_states: Literal["auto", "device", "host"] = _field(
         "auto", "where what clients keep between rounds is held; auto: the device, if it has room"
     )
+    compile_ahead: int = _field(
+        -1,
+        "rounds between a prune event and its smaller program, which is compiled meanwhile; 0: the run waits for it; "
+        "-1: 0 on CPU, else 25",
+        least=-1,
+    )
     block: int = _field(1, "most rounds in one dispatch to the device", least=1)
 
     eval_batch: int = _field(250, "images in an evaluation batch", least=1)

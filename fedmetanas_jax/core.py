@@ -102,6 +102,7 @@ class Setting(NamedTuple):
     batch: int  # B
     augment: Callable  # (key, image [b, h, w, c] uint8) -> the same shape and type
     share: float = 1.0  # S / K, clients of a round of all clients
+    ahead: int = 0  # rounds between deciding on a smaller program and entering it; it is compiled meanwhile
 
 
 # Steps of personalisation: none at all, one step, one epoch, as many epochs as a round has.
@@ -130,8 +131,11 @@ class Phase(NamedTuple):
     """A stretch of rounds that runs one algorithm. A run is a list of them."""
 
     start: int  # its first round
-    enter: Callable  # last phase's server_state (None at the start) -> (plan, server_state)
+    enter: Callable  # (last phase's server_state, its plan), two None at the start -> (plan, server_state)
     make: Callable  # plan -> Algorithm; the plan is JSON, so a resumed run makes the same program
+    event: str = ""  # what entering it is called in the records
+    foresee: Callable | None = None  # server_state before -> the plan that `enter` will come to, where rounds in
+    #   between do not change it: the phase's program can then be compiled before it is due
 
 
 class RoundState(NamedTuple):

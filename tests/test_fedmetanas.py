@@ -37,6 +37,31 @@ def test_prune_events_of_the_paper_sized_run():
     assert starts == [0, 300, 350, 400, 450, 500, 550, 600, 650, 700, 750, 800]
 
 
+def test_with_time_to_compile_the_program_shrinks_some_rounds_after_the_mask(search):
+    listed = phases("fedmetanas", SETTING._replace(ahead=4), prune_every=6, nodes=2)
+    assert [(phase.start, phase.event) for phase in listed] == [
+        (0, ""), *((t + wait, event) for t in range(18, 54, 6) for wait, event in ((0, "prune"), (4, "program")))
+    ][: len(listed)]  # fmt: skip
+    assert listed[-1].start == 52
+    algorithm, _ = search
+    full = masks.full_keep(2)
+    server = server_at(algorithm, 18)
+    server = server._replace(alpha=clear_alpha(server))
+    plan, masked = listed[1].enter(server, full)
+    assert plan == full
+    assert jnp.sum(masked.mask.op) < 80
+    foreseen = listed[2].foresee(masked)
+    plan, cut = listed[2].enter(masked, plan)
+    assert plan == foreseen != full
+    at_once, waited = phases("fedmetanas", prune_every=6)[1].enter(server, full)
+    assert at_once == plan
+    for x, y in zip(jax.tree.leaves(waited), jax.tree.leaves(cut), strict=True):
+        np.testing.assert_array_equal(x, y)
+    # Where the next event comes first, it takes the program along.
+    listed = phases("fedmetanas", SETTING._replace(ahead=6), prune_every=6)
+    assert [phase.event for phase in listed] == ["", *["prune"] * 6, "program"]
+
+
 def test_temperature_falls_linearly_and_stays(search):
     algorithm, _ = search
     at = [float(algorithm.report(server_at(algorithm, t))["temperature"]) for t in (0, 24, 48, 60)]
@@ -89,7 +114,7 @@ def test_a_prune_event_enters_a_smaller_program_of_the_same_function(search):
     listed = phases("fedmetanas", prune_every=6)
     server = server_at(algorithm, listed[1].start)
     server = server._replace(alpha=clear_alpha(server))
-    plan, cut = listed[1].enter(server)
+    plan, cut = listed[1].enter(server, masks.full_keep(2))
     small = listed[1].make(plan)
     full = server._replace(mask=cut.mask)
 
@@ -120,7 +145,7 @@ def test_after_the_last_event_soft_and_discrete_are_one_network(search):
     algorithm, _ = search
     last = phases("fedmetanas")[-1]
     server = server_at(algorithm, last.start)
-    plan, cut = last.enter(server)
+    plan, cut = last.enter(server, masks.full_keep(2))
     assert [sum(map(len, kind)) for kind in plan] == [4, 4]  # two nodes, two edges each, one operation an edge
     small = last.make(plan)
     images = DATA.image[DATA.central]
@@ -132,7 +157,7 @@ def test_after_the_last_event_soft_and_discrete_are_one_network(search):
 def test_without_terminal_only_the_threshold_prunes():
     last = phases("fedmetanas", terminal=False)[-1]
     algorithm = first_algorithm("fedmetanas")
-    plan, _ = last.enter(server_at(algorithm, last.start))
+    plan, _ = last.enter(server_at(algorithm, last.start), masks.full_keep(2))
     assert plan == masks.full_keep(2)  # logits of 1e-3 leave no weight below 1 %
 
 

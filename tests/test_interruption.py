@@ -36,7 +36,7 @@ def run(workdir: Path, *more: str, **changed) -> subprocess.CompletedProcess:
 def finished(workdir: Path) -> tuple[list[dict], dict]:
     """What a run found out: its records without the clock, and every array of its network."""
     lines = [json.loads(line) for line in (workdir / "records.jsonl").read_text().splitlines()]
-    clock = ("seconds", "compile_seconds")
+    clock = ("seconds", "compile_seconds", "event_stall_seconds", "compile_seconds_ahead")
     records = [{name: x for name, x in line.items() if name not in clock} for line in lines]
     with np.load(workdir / "network.npz") as file:
         return records, {name: file[name] for name in file.files}

@@ -59,4 +59,4 @@ def phases(name: str, setting: Setting = SETTING, nodes: int = 2, **options) -> 
 def first_algorithm(name: str, setting: Setting = SETTING, **options) -> Algorithm:
     """The algorithm of the method's first rounds."""
     search = phases(name, setting, **options)[0]
-    return search.make(search.enter(None)[0])
+    return search.make(search.enter(None, None)[0])

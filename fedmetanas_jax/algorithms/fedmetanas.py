@@ -187,21 +187,33 @@ def fedmetanas(
             global_model=soft_model, discrete_model=discrete_model, report=report,
         )  # fmt: skip
 
-    def prune(server: ServerState, last: bool):
-        """Line 19, on the server (D-12): -> (what is left, the state cut down to it)."""
+    def prune(server: ServerState, plan, last: bool):
+        """Line 19, on the server (D-12): clears the mask; the program `plan` still computes everything."""
         mask = masks.prune(server.alpha, server.mask, temperature_at(server.round), threshold)
         if last and terminal:
             mask = masks.terminal(server.alpha, mask)
-        before, after = masks.keep(server.mask), masks.keep(mask)
-        params, stats = (space.carry_over(x, before, after) for x in (server.params, server.stats))
-        return after, server._replace(params=params, stats=stats, mask=mask)
+        return plan, server._replace(mask=mask)
+
+    def shrink(server: ServerState, plan):
+        """The same function by a smaller program: -> (what is alive, the state cut down to it)."""
+        after = masks.keep(server.mask)
+        params, stats = (space.carry_over(x, plan, after) for x in (server.params, server.stats))
+        return after, server._replace(params=params, stats=stats)
+
+    def phases_of(t: int, until: int) -> list[Phase]:
+        """An event at round t, and its smaller program at once or, with `setting.ahead`, some rounds later."""
+        if setting.ahead == 0:
+            return [Phase(t, lambda server, plan: shrink(prune(server, plan, t == last)[1], plan), make, "prune")]
+        event = Phase(t, lambda server, plan: prune(server, plan, t == last), make, "prune")
+        smaller = Phase(t + setting.ahead, shrink, make, "program", lambda server: masks.keep(server.mask))
+        return [event, smaller] if smaller.start < until else [event]
 
     last = round(prune_until * setting.rounds)
     events = sorted({*range(round(prune_from * setting.rounds), last, prune_every), last} - {0})
-    search = Phase(0, lambda server: (masks.full_keep(space.nodes), server), make)
-    return [search] + [
-        Phase(t, lambda server, final=t == last: prune(server, final), make) for t in events if t < setting.rounds
-    ]
+    events = [t for t in events if t < setting.rounds]
+    search = Phase(0, lambda server, plan: (masks.full_keep(space.nodes), server), make)
+    ends = [*events[1:], setting.rounds]
+    return [search, *(phase for t, until in zip(events, ends, strict=True) for phase in phases_of(t, until))]
 
 
 def _check(**options: tuple) -> None:

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from fedmetanas_jax import tree
 from fedmetanas_jax.core import Algorithm, FederatedData, Phase, RoundState
 from fedmetanas_jax.engine import client_states, evaluate, report
 from fedmetanas_jax.engine.checkpoint import Checkpoints
-from fedmetanas_jax.engine.mesh import OWN, padded, put_data, put_state
+from fedmetanas_jax.engine.mesh import OWN, padded, placed, put_data, put_state
 from fedmetanas_jax.engine.programs import Plan, Programs, floats
 from fedmetanas_jax.engine.round import cohort, init_state, payload, state_shapes
 
@@ -27,12 +28,13 @@ class Course:
         self.phases, self.plan, self.mesh, self.checkpoints = phases, plan, mesh, checkpoints
         self.data = put_data(data, mesh)
         self._made: dict[str, Algorithm] = {}
+        self._compiler, self._ahead = ThreadPoolExecutor(1), None
 
     def begin(self, say: Callable[[str], None]) -> None:
         """Restores the newest good checkpoint, or starts at round 0."""
         restored = self.checkpoints.restore_newest(self._template, say)
         if restored is None:
-            self.phase, (self.shape, _) = 0, self.phases[0].enter(None)
+            self.phase, (self.shape, _) = 0, self.phases[0].enter(None, None)
             algorithm = self._algorithm_of(0, self.shape)
             self._place_client_states(algorithm, say)
             self.state = init_state(algorithm, self.plan.seed, self.plan.clients, self.mesh, self.hosted)
@@ -44,6 +46,7 @@ class Course:
             self.state = state if self.hosted else put_state(state, self.mesh)
         self.done = int(self.state.round)
         self._load_programs(say)
+        self._look_ahead(say)
 
     def advance(self, limit: int) -> list[dict]:
         """Runs the rounds up to the next one after which the host has something to do -> their records."""
@@ -85,18 +88,40 @@ class Course:
         """
         if self.phase + 1 == len(self.phases) or self.phases[self.phase + 1].start != self.done:
             return 0.0
-        before = after = line.get("server_accuracy") or self._server_accuracy()
+        before = line.get("server_accuracy") or self._server_accuracy()
         seconds = self.programs.spent_compiling()
         self.phase += 1
-        self.shape, server_state = self.phases[self.phase].enter(self.state.server_state)
+        phase, clock = self.phases[self.phase], time.perf_counter()
+        self.shape, server_state = phase.enter(self.state.server_state, self.shape)
         self.state = self.state._replace(server_state=put_data(server_state, self.mesh))
         if self._algorithm_of(self.phase, self.shape) is not self.algorithm:
             self._load_programs(say)
-            after = self._server_accuracy()
-        line |= {"event": "prune", "event_accuracy_before": before, "event_accuracy_after": after}
+            line["compile_seconds_ahead"] = self.programs.seconds_ahead
+        line["event_stall_seconds"] = time.perf_counter() - clock  # beside the compiling that was not done ahead
+        after = self._server_accuracy()
+        line |= {"event": phase.event, "event_accuracy_before": before, "event_accuracy_after": after}
         line |= {f"event_{name}": float(x) for name, x in self.programs.report(server_state).items()}
-        say(f"pruned after round {self.done}: server accuracy {before:.4f} -> {after:.4f}")
+        say(f"{phase.event} after round {self.done}: server accuracy {before:.4f} -> {after:.4f}")
+        self._look_ahead(say)
         return seconds
+
+    def _look_ahead(self, say: Callable[[str], None]) -> None:
+        """If the next phase's program is known already, starts compiling it beside the rounds that still run."""
+        self._ahead = None
+        following = self.phases[self.phase + 1 : self.phase + 2]
+        if not following or following[0].foresee is None:
+            return
+        shape = following[0].foresee(self.state.server_state)
+        algorithm = self._algorithm_of(self.phase + 1, shape)
+        if algorithm is self.algorithm:
+            return
+        programs = Programs(algorithm, self.plan, self.data, self.mesh, self.hosted, say)
+        state = state_shapes(algorithm, self.plan.clients, self.mesh, self.hosted)
+        if self.hosted:
+            cohort_of = lambda x: jax.ShapeDtypeStruct((self.plan.cohort, *x.shape[1:]), x.dtype)  # noqa: E731
+            state = state._replace(client_states=jax.tree.map(cohort_of, state.client_states))
+        say(f"compiling the program of round {following[0].start} meanwhile")
+        self._ahead = programs, self._compiler.submit(programs.compile_ahead, placed(state, self.mesh, self.hosted))
 
     def save(self) -> None:
         """A checkpoint of this moment, unless there is one."""
@@ -149,7 +174,11 @@ class Course:
 
     def _load_programs(self, say: Callable[[str], None]) -> None:
         self.algorithm = self._algorithm_of(self.phase, self.shape)
-        self.programs = Programs(self.algorithm, self.plan, self.data, self.mesh, self.hosted, say)
+        if self._ahead is not None and self._ahead[0].algorithm is self.algorithm:
+            self.programs, compiling = self._ahead
+            compiling.result()  # waits, and raises what went wrong there
+        else:
+            self.programs = Programs(self.algorithm, self.plan, self.data, self.mesh, self.hosted, say)
         self.bytes_a_client = payload(self.algorithm, self.state, self.data)
 
     def _server_accuracy(self) -> float:

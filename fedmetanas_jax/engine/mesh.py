@@ -41,6 +41,18 @@ def put_state(state: RoundState, mesh: Mesh | None) -> RoundState:
     return RoundState(*(put_data(part, mesh, spec) for part, spec in zip(state, STATE, strict=True)))
 
 
+def placed(shapes: RoundState, mesh: Mesh | None, hosted: bool) -> RoundState:
+    """The shapes of a state with word of where it will lie, as a program that is compiled ahead must know."""
+    if mesh is None:
+        return shapes
+    specs = STATE._replace(client_states=ALL) if hosted else STATE
+
+    def told(spec: PartitionSpec) -> Callable:
+        return lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    return RoundState(*(jax.tree.map(told(spec), part) for part, spec in zip(shapes, specs, strict=True)))
+
+
 def on_mesh(function: Callable, mesh: Mesh | None, in_specs: Tree, out_specs: Tree) -> Callable:
     """The function, run by every device of the mesh on what the specs give it."""
     if mesh is None:

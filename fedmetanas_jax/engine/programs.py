@@ -40,7 +40,7 @@ class Programs:
         self, algorithm: Algorithm, plan: Plan, data: FederatedData, mesh: Mesh | None, hosted: bool, say: Callable
     ):
         self.algorithm, self.plan, self.data, self.say = algorithm, plan, data, say
-        self.seconds = 0.0
+        self.seconds = self.seconds_ahead = 0.0
         common = {"at_once": plan.at_once, "mesh": mesh}
         sizes = {"batch": plan.eval_batch, "bn_eval": plan.bn_eval}
         self._jitted = {
@@ -58,12 +58,25 @@ class Programs:
     def __call__(self, name: str, *arguments):
         if name not in self._compiled:
             self.say(f"compiling the {name} (kept in JAX's cache for the next run) ...")
-            start = time.perf_counter()
-            self._compiled[name] = self._jitted[name].lower(*arguments).compile()
-            seconds = time.perf_counter() - start
+            seconds = self._compile(name, *arguments)
             self.seconds += seconds
             self.say(f"compiled the {name} in {seconds:.1f} s")
         return self._compiled[name](*arguments)
+
+    def compile_ahead(self, state: RoundState) -> None:
+        """Compiles what a round and an evaluation need before the first one is due; `state` may be its shapes."""
+        net = jax.eval_shape(self.algorithm.global_model, state.server_state)
+        rows = None
+        if self.plan.bn_eval == "recalibrated":
+            rows = jax.eval_shape(evaluate.calibration_rows, self.data, state.seed, state.round, self.plan.cohort)
+        stop = jax.ShapeDtypeStruct((), jnp.int32)
+        self.seconds_ahead = self._compile("round", state, self.data, stop)
+        self.seconds_ahead += self._compile("evaluation", net, self.data, rows)
+
+    def _compile(self, name: str, *arguments) -> float:
+        start = time.perf_counter()
+        self._compiled[name] = self._jitted[name].lower(*arguments).compile()
+        return time.perf_counter() - start
 
     def spent_compiling(self) -> float:
         """Seconds since the last call."""

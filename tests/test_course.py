@@ -1,0 +1,62 @@
+"""A whole search whose next program is compiled while the last one still runs."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from fedmetanas_jax import build
+from fedmetanas_jax.config import Config
+
+TINY = Config(
+    dataset="digits", width=2, cells=1, nodes=1, clients=4, cohort=2, train_size=32, test_size=16, rounds=8, epochs=1,
+    batch=8, augment=(), at_once=1, block=2, eval_every=4, checkpoint_every=2, final_adapt=False, compile_ahead=2,
+    options={"prune_from": 0.25, "prune_until": 0.25},
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("unbroken") / "run"
+    build.run(TINY, task="t", workdir=workdir, data_dir=workdir)
+    return workdir
+
+
+def records(workdir):
+    return [json.loads(line) for line in (workdir / "records.jsonl").read_text().splitlines()]
+
+
+def test_the_mask_is_pruned_first_and_the_program_two_rounds_later(unbroken):
+    lines = records(unbroken)
+    assert [(line["round"], line["event"]) for line in lines if "event" in line] == [(2, "prune"), (4, "program")]
+    pruned, smaller = lines[1], lines[3]
+    assert pruned["event_ops_alive"] == lines[2]["ops_alive"] == 4  # of 32: one a live edge, both cell types
+    # The program still computes everything until the smaller one is entered, which is the same function.
+    assert lines[0]["macs"] == lines[3]["macs"] > lines[4]["macs"]
+    assert lines[3]["bytes_up"] > lines[4]["bytes_up"]
+    assert smaller["event_accuracy_before"] == smaller["event_accuracy_after"]
+    assert smaller["compile_seconds_ahead"] > 0
+    # Nothing was left to be compiled when the first round of the smaller program came.
+    assert sum(line.get("compile_seconds", 0) for line in lines[4:6]) == 0
+
+
+def test_a_pause_between_the_two_changes_no_bit(unbroken, tmp_path):
+    workdir = tmp_path / "run"
+    for stop_after in (3, 2, None):
+        build.run(TINY, task="t", workdir=workdir, data_dir=tmp_path, stop_after=stop_after)
+    clock = ("seconds", "compile_seconds", "compile_seconds_ahead", "event_stall_seconds")
+    cut = [[{k: v for k, v in line.items() if k not in clock} for line in records(w)] for w in (unbroken, workdir)]
+    assert cut[0] == cut[1]
+    with np.load(unbroken / "network.npz") as one, np.load(workdir / "network.npz") as other:
+        for name in one.files:
+            np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+def test_at_once_is_the_same_search(unbroken, tmp_path):
+    """Waiting for the program changes no function: the same network, to rounding."""
+    config = dataclasses.replace(TINY, compile_ahead=0)
+    build.run(config, task="t", workdir=tmp_path / "run", data_dir=tmp_path)
+    for one, other in zip(records(unbroken), records(tmp_path / "run"), strict=True):
+        np.testing.assert_allclose(one["loss"], other["loss"], rtol=2e-3)
+    assert (unbroken / "genotype.json").read_text() == (tmp_path / "run" / "genotype.json").read_text()
