@@ -24,14 +24,14 @@ class OutOfTime(WorkerError):
 
 
 class Worker:
-    """A worker process; leaves with its `with` block."""
+    """A worker process; leaves with its `with` block. `command` starts another program than `timing.worker`."""
 
-    def __init__(self, side: str):
+    def __init__(self, side: str, command: list[str] | None = None):
         path = os.pathsep.join([str(EXPERIMENTS), *filter(None, [os.environ.get("PYTHONPATH")])])
         # A second process must find room on the device, so none takes most of it in advance.
         environment = os.environ | {"PYTHONPATH": path, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "timing.worker", side],
+            command or [sys.executable, "-m", "timing.worker", side],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
         )  # fmt: skip
 
