@@ -108,20 +108,20 @@ def test_numbers_that_follow_from_the_seconds(worker):
     assert (whole["round_is"], whole["round_seconds"]["median"]) == ("measured", 1.5)
 
 
-def test_a_case_is_settled_until_versions_or_work_change(worker):
+def test_a_variant_is_settled_until_versions_or_work_change(worker):
     document = recorded(worker)
-    assert results.settled(document, CASE, NOW, 0)
-    assert not results.settled(document, CASE, NOW | {"jax": "2"}, 0)
-    assert not results.settled(document, CASE._replace(batch=4), NOW, 0)
+    assert results.open_variants(document, CASE, NOW, 0) == ()
+    assert results.open_variants(document, CASE, NOW | {"jax": "2"}, 0) == CASE.variants
+    assert results.open_variants(document, CASE._replace(batch=4), NOW, 0) == CASE.variants
     more = CASE._replace(variants=(*CASE.variants, Variant("torch")))
-    assert not results.settled(document, more, NOW, 0)
+    assert results.open_variants(document, more, NOW, 0) == (Variant("torch"),)
 
 
 def test_out_of_time_is_tried_again_with_more_of_it(worker):
     worker.replies["torch", "build"] = alternate.OutOfTime("late")
     document = recorded(worker)
-    assert results.settled(document, CASE, NOW, 100)
-    assert not results.settled(document, CASE, NOW, 200)
+    assert results.open_variants(document, CASE, NOW, 100) == ()
+    assert results.open_variants(document, CASE, NOW, 200) == (THEIRS,)
 
 
 def test_a_new_result_takes_the_old_ones_place(worker):

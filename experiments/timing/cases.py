@@ -116,7 +116,8 @@ def gpu() -> list[Case]:
                 tasks = 9 if few else 1  # an epoch of a few clients, a task of many
                 torch = (*EAGER, compiled) if clients == 5 else EAGER[:1]
                 name = f"{plan} {dtype} K={clients}"
-                cases.append(Case(name, clients, tasks, FULL_ROUND, ours + torch, dtype=dtype, plan=plan))
+                how = {"dtype": dtype, "plan": plan, "repeats": 5 if few else 3}
+                cases.append(Case(name, clients, tasks, FULL_ROUND, ours + torch, **how))
     order = {5: 0, 1: 1, 20: 2, 100: 3}
     whole = Case("whole round", 5, FULL_ROUND, FULL_ROUND, (Variant("ours", 5), EAGER[0]), dtype="bfloat16", repeats=2)
     return [whole, *sorted(cases, key=lambda case: order[case.clients])]

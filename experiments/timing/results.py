@@ -81,10 +81,10 @@ def same(entry: dict, case: Case, variant: Variant) -> bool:
     return (entry["case"], entry["variant"]) == (_plain(case.work()), variant._asdict())
 
 
-def settled(document: dict, case: Case, now: dict, seconds: float) -> bool:
-    """Whether nothing is to be gained by timing the case again.
+def open_variants(document: dict, case: Case, now: dict, seconds: float) -> tuple[Variant, ...]:
+    """The variants that are still to be timed.
 
-    That is, every variant is done or has failed, with the versions of `now`; one that ran out of time counts
+    One is settled when it is done or has failed with the versions of `now`; one that ran out of time is settled
     unless more than the `seconds` it had are left.
     """
 
@@ -94,7 +94,7 @@ def settled(document: dict, case: Case, now: dict, seconds: float) -> bool:
                 return entry["status"] != "out of time" or seconds <= entry["allowed_seconds"] + 30
         return False
 
-    return all(known(variant) for variant in case.variants)
+    return tuple(variant for variant in case.variants if not known(variant))
 
 
 def put(document: dict, case: Case, variant: Variant, result: dict, facts: dict) -> None:
