@@ -6,6 +6,7 @@ import selectors
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,8 +29,17 @@ class Worker:
 
     def __init__(self, side: str, command: list[str] | None = None):
         path = os.pathsep.join([str(EXPERIMENTS), *filter(None, [os.environ.get("PYTHONPATH")])])
-        # A second process must find room on the device, so none takes most of it in advance.
-        environment = os.environ | {"PYTHONPATH": path, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        # Caches of its own, empty: the first compile is cold.
+        self.caches = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        environment = os.environ | {
+            "PYTHONPATH": path,
+            # A second process must find room on the device, so none takes most of it in advance.
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            "JAX_COMPILATION_CACHE_DIR": os.path.join(self.caches.name, "xla"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            "TORCHINDUCTOR_CACHE_DIR": os.path.join(self.caches.name, "inductor"),
+        }
         self.process = subprocess.Popen(
             command or [sys.executable, "-m", "timing.worker", side],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
@@ -45,6 +55,7 @@ class Worker:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        self.caches.cleanup()
 
     def ask(self, request: dict, seconds: float) -> dict:
         """The reply. WorkerError if it is an error or the process ended; OutOfTime, and its end, after `seconds`."""

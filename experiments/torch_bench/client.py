@@ -92,7 +92,7 @@ def client_round(
     forward: a compiled `net`, if the eager one is not to be used. autocast: makes the context in which the
     forward passes run.
     """
-    forward = forward or net
+    forward = net if forward is None else forward
     alpha = Alpha(*(x.detach().clone().requires_grad_() for x in alpha))
     weights, statistics = list(net.parameters()), running_statistics(net)
     variables = [*weights, *alpha]
