@@ -23,6 +23,7 @@ class FakeWorker:
     """Answers as a worker does; `asked` notes who was asked for what, `replies` says what fails."""
 
     asked: list = []
+    allowed: list = []  # seconds
     replies: dict = {}
 
     def __init__(self, side):
@@ -36,6 +37,7 @@ class FakeWorker:
 
     def ask(self, request, seconds):
         self.asked.append((self.side, request["do"]))
+        self.allowed.append(seconds)
         match self.replies.get((self.side, request["do"])):
             case BaseException() as error:
                 raise error
@@ -45,7 +47,7 @@ class FakeWorker:
             return {"seconds": float(next(self.times)), "loss": 2.0}
         return {
             "describe": {"platform": "cpu", "device": "cpu", "copy_bytes_per_second": 10e9},
-            "build": {},
+            "build": {"first_run_seconds": 20.0},
             "report": {"bytes_per_round": 6e9 if self.side == "ours" else None, "host_peak_bytes": 5e8},
         }[request["do"]]
 
@@ -54,6 +56,7 @@ class FakeWorker:
 def worker(monkeypatch):
     """FakeWorker with nothing asked yet and nothing failing."""
     monkeypatch.setattr(FakeWorker, "asked", [])
+    monkeypatch.setattr(FakeWorker, "allowed", [])
     monkeypatch.setattr(FakeWorker, "replies", {})
     return FakeWorker
 
@@ -70,6 +73,11 @@ def test_variants_run_in_turn(worker):
     assert [side for side, do in worker.asked if do == "run"] == ["ours", "torch", "ours", "torch"]
     assert [result["seconds"] for result in found] == [[1.0, 2.0]] * 2
     assert [side for side, do in worker.asked if do == "leave"] == ["ours", "torch"]
+
+
+def test_building_leaves_time_to_run_what_is_built(worker):
+    measured(worker)
+    assert worker.allowed[:3] == [100, 60, 100]  # 100 s are left; two first runs of 20 s are kept back
 
 
 def test_a_failure_is_recorded_and_the_others_go_on(worker):
@@ -267,7 +275,7 @@ def test_a_worker_times_a_tiny_round_and_survives_a_bad_request(side):
         request = {"do": "build", "case": case.work(), "variant": variant._asdict(), "seed": 1}
         with pytest.raises(alternate.WorkerError, match="no plan 'half'"):
             worker.ask(request | {"case": case.work() | {"plan": "half"}}, 300)
-        assert worker.ask(request, 300) == {}
+        assert worker.ask(request, 300)["first_run_seconds"] > 0
         ran = [worker.ask({"do": "run"}, 300) for _ in range(2)]
         assert all(np.isfinite(reply["loss"]) and reply["seconds"] > 0 for reply in ran)
         assert ran[0]["loss"] != ran[1]["loss"]  # it has learnt, or at least moved

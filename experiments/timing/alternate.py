@@ -66,7 +66,8 @@ class Worker:
             raise WorkerError(self._ended()) from None
         with selectors.DefaultSelector() as selector:
             selector.register(self.process.stdout, selectors.EVENT_READ)
-            if not selector.select(max(seconds, 0)):
+            seconds = max(seconds, 0.0)
+            if not selector.select(seconds):
                 self.process.kill()
                 raise OutOfTime(f"'{request['do']}' had not ended after {seconds:.0f} s")
         line = self.process.stdout.readline()
@@ -93,13 +94,16 @@ def measure(case: Case, seed: int, left: Callable[[], float], say: Callable[[str
     plain = case.work() | {"repeats": case.repeats}
     workers: list[Worker | None] = []
     results: list[dict] = []
+    kept = 0.0  # seconds for one timing of what is built, which building more must leave
     try:
         for variant in case.variants:
             say(f"  building {variant.label}")
             worker = start(variant.side)
             workers.append(worker)
             results.append({"status": "done", "seconds": [], "loss": []})
-            _try(results[-1], lambda v=variant, w=worker: _build(w, plain, v, seed, left()), left)
+            request = {"do": "build", "case": plain, "variant": variant._asdict(), "seed": seed}
+            reply = _try(results[-1], lambda w=worker, r=request, k=kept: w.ask(r, left() - k), left)
+            kept += 2 * reply["first_run_seconds"] if reply else 0
         for repeat in range(case.repeats):
             for worker, result in zip(workers, results, strict=True):
                 if not _alive(result) or (repeat and left() < 2 * max(result["seconds"])):
@@ -119,28 +123,26 @@ def _alive(result: dict) -> bool:
     return result["status"] == "done" and "cut_short" not in result
 
 
-def _build(worker: Worker, plain: dict, variant: Variant, seed: int, seconds: float) -> None:
-    worker.ask({"do": "build", "case": plain, "variant": variant._asdict(), "seed": seed}, seconds)
-
-
 def _run(worker: Worker, result: dict, seconds: float) -> None:
     reply = worker.ask({"do": "run"}, seconds)
     result["seconds"].append(reply["seconds"])
     result["loss"].append(reply["loss"])
 
 
-def _try(result: dict, work: Callable[[], None], left: Callable[[], float]) -> None:
+def _try(result: dict, work: Callable, left: Callable[[], float]):
+    """work(), or None and in `result` why not."""
     allowed, start = left(), time.monotonic()
     try:
-        work()
+        return work()
     except OutOfTime as error:
         if result["seconds"]:  # it was timed; only the next timing did not fit
             result["cut_short"] = str(error)
-            return
-        result |= {"status": "out of time", "reason": str(error), "allowed_seconds": round(allowed)}
+        else:
+            result |= {"status": "out of time", "reason": str(error), "allowed_seconds": round(allowed)}
     except WorkerError as error:
         took = time.monotonic() - start
         result |= {"status": "failed", "reason": str(error), "failed_after_seconds": round(took, 1)}
+    return None
 
 
 def _last(variants: tuple[Variant, ...], results: list[dict]) -> str:

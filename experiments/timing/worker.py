@@ -4,7 +4,7 @@ Answers one JSON line on stdout for each JSON line on stdin, so that a parent ca
 each keeps what it compiled, and each one's peak memory is its own:
 
     {"do": "describe"}                                  -> facts about the machine and the side
-    {"do": "build", "case": ..., "variant": ..., "seed": ...} -> {}
+    {"do": "build", "case": ..., "variant": ..., "seed": ...} -> {"first_run_seconds": ...}
     {"do": "run"}                                       -> {"seconds": ..., "loss": ...}
     {"do": "report"}                                    -> compile seconds, memory, traffic
 
@@ -31,7 +31,7 @@ def serve(side, requests, answer) -> None:
                 case "build":
                     built = None  # its memory is free before the next one's is taken
                     built = side(case_of(request["case"]), Variant(**request["variant"]), request["seed"])
-                    reply = {}
+                    reply = {"first_run_seconds": built.figures["first_run_seconds"]}
                 case "run":
                     seconds, loss = built.run()
                     reply = {"seconds": seconds, "loss": loss}
