@@ -1,0 +1,375 @@
+"""The JAX client against an independent PyTorch one: logits, gradients, whole client rounds, MobileNetV3.
+
+Both sides are given the same weights, statistics, logits, batches and Gumbel noise. The random images always
+run; the real ones where cifar10.npz lies in the data directory.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fedmetanas_jax.algorithms.fedmetanas import fedmetanas
+from fedmetanas_jax.core import Alpha, Examples, Setting
+from fedmetanas_jax.data import sources
+from fedmetanas_jax.models.darts import darts_space
+from fedmetanas_jax.models.mobilenetv3 import mobilenetv3
+from fedmetanas_jax.nas import mask as masks
+from fedmetanas_jax.nas import relax
+
+torch = pytest.importorskip("torch", reason="the rival needs PyTorch: pip install '.[bench]'")
+
+from torch_bench import client, convert, draws, server  # noqa: E402
+from torch_bench import mobilenetv3 as torch_mobilenetv3  # noqa: E402
+from torch_bench.relaxation import gumbel, mix  # noqa: E402
+from torch_bench.supernet import Supernet, full_plan  # noqa: E402
+
+torch.set_num_threads(1)  # the tensors are tiny
+WIDTH, LENGTH, NODES, CLASSES = 4, 3, 2, 10  # cells: normal, reduction, reduction
+ROUND_LENGTH = 1  # a client's round is about its steps; one cell, a reduction, is enough to take them on
+# Exact in float32, so that both sides normalise alike whatever they compute in.
+SHAPE, MEAN, STD = (16, 16, 3), (0.5, 0.4375, 0.40625), (0.25, 0.25, 0.28125)
+BATCH, ROWS, ROUND, ROUNDS = 4, 17, 7, 40  # a client's round is 2 tasks and a row too many
+IMAGES = ("random", "cifar10")
+
+
+def examples(kind, n=ROWS):
+    """n labelled images: noise, or every second pixel of the real data set's first."""
+    if kind == "random":
+        rng = np.random.default_rng(0)
+        image, label = rng.integers(0, 256, (n, *SHAPE)), rng.integers(0, CLASSES, n)
+    else:
+        if not (sources.data_dir() / "cifar10.npz").exists():
+            pytest.skip(f"no cifar10.npz in {sources.data_dir()} (FEDMETANAS_DATA)")
+        with np.load(sources.data_dir() / "cifar10.npz") as file:
+            image, label = file["train_images"][:n, ::2, ::2], file["train_labels"][:n]
+    return Examples(jnp.asarray(image, jnp.uint8), jnp.asarray(label, jnp.int32), jnp.ones(n, jnp.float32))
+
+
+def space(dtype, length=LENGTH):
+    size = {"width": WIDTH, "length": length, "nodes": NODES}
+    return darts_space(shape=SHAPE, classes=CLASSES, mean=MEAN, std=STD, dtype=dtype, **size)
+
+
+def torch_net(params, stats, dtype, plan=None, length=LENGTH):
+    """The PyTorch supernet with these numbers, and its places."""
+    size = {"width": WIDTH, "length": length, "nodes": NODES}
+    net = Supernet(channels=3, classes=CLASSES, mean=MEAN, std=STD, plan=plan, **size)
+    net, places = net.to(dtype), convert.supernet_places(net)
+    convert.load(net, places, params, stats)
+    return net, places
+
+
+def varied(net, dtype, seed=1):
+    """Weights, statistics and a mix with nothing special in them."""
+    rng = np.random.default_rng(seed)
+    params, stats = jax.eval_shape(net.init, jax.random.key(0))
+    params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(dtype), params)
+    stats = jax.tree.map(lambda x: rng.uniform(0.5, 2, x.shape).astype(dtype), stats)
+    return params, stats, rng.uniform(0.1, 1, (2, 5, 8)).astype(dtype)
+
+
+@pytest.fixture
+def double():
+    """float64 for the time of one test."""
+    with jax.enable_x64(True):
+        yield
+
+
+def assert_close(got, want, rtol, atol):
+    """got: of PyTorch, want: of JAX; the same structure, every leaf equal within atol of its own scale."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    want = jax.tree.map(np.asarray, want)
+    largest = max(np.abs(x).max() for x in jax.tree.leaves(want))
+    for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        # A leaf whose gradient is 0 in exact arithmetic, as a shift's before a batch norm, has only rounding.
+        scale = max(np.abs(b).max(), 1e-6 * largest)
+        np.testing.assert_allclose(a, b, rtol, atol * scale, err_msg=jax.tree_util.keystr(path))
+
+
+# --- One pass through the supernet ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def single():
+    """Compiled float32 training pass: logits and the batch's moments."""
+    net = space(jnp.float32).make(masks.full_keep(NODES))
+    return jax.jit(lambda *given: net.apply(*given, True))
+
+
+@pytest.fixture(scope="module")
+def still():
+    """Compiled float32 evaluation: logits."""
+    net = space(jnp.float32).make(masks.full_keep(NODES))
+    return jax.jit(lambda *given: net.apply(*given, False)[0])
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+def test_logits_in_float32(single, still, kind):
+    data = examples(kind, BATCH)
+    params, stats, weights = varied(space(jnp.float32).make(masks.full_keep(NODES)), np.float32)
+    net, _ = torch_net(params, stats, torch.float32)
+    batch = convert.batch_to_torch(data.image, data.label)
+    for channels_last in (False, True):
+        net = net.to(memory_format=torch.channels_last) if channels_last else net
+        batch = convert.batch_to_torch(data.image, data.label, channels_last=channels_last)
+        with torch.no_grad():
+            evaluated = net.eval()(batch.image, torch.from_numpy(weights))
+            trained = net.train()(batch.image, torch.from_numpy(weights))
+        assert_close(evaluated.numpy(), still(params, stats, data.image, weights), 1e-4, 1e-4)
+        assert_close(trained.numpy(), single(params, stats, data.image, weights)[0], 1e-4, 1e-4)
+        convert.load(net, convert.supernet_places(net), params, stats)
+
+
+def loss_of(net):
+    """(variables, stats, image, label, mask, noise) -> mean cross entropy in the variables' precision."""
+
+    def loss(variables, stats, image, label, mask, noise):
+        alpha = Alpha(*(a + g for a, g in zip(variables["alpha"], noise, strict=True)))
+        logits, moments = net.apply(variables["params"], stats, image, relax.mix(alpha, mask, 0.6), True)
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, label)), moments
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+@pytest.fixture(scope="module")
+def gradient():
+    """Compiled float64 gradient of the loss by weights and alpha."""
+    return loss_of(space(jnp.float64).make(masks.full_keep(NODES)))
+
+
+def masked():
+    """A mask as pruning makes them: operations and pairs gone, an edge dead."""
+    rng = np.random.default_rng(3)
+    full = masks.full(NODES)
+    alpha = Alpha(jnp.asarray(2 * rng.normal(size=full.op.shape)), jnp.tile(jnp.arange(4.0) * 9, (2, 1)))
+    mask = masks.prune(alpha, full, 0.6, 0.05)
+    assert not jnp.all(jnp.any(mask.op, -1))
+    return mask
+
+
+# Not closer, because XLA divides the pixels by 255 in float32 and rounds another way than PyTorch: 6e-8 of a pixel.
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("kind", IMAGES)
+@pytest.mark.parametrize("pruned", [False, True])
+def test_gradient_of_every_weight_and_alpha_in_float64(gradient, kind, pruned):
+    data, rng = examples(kind, BATCH), np.random.default_rng(5)
+    params, stats, _ = varied(space(jnp.float64).make(masks.full_keep(NODES)), np.float64)
+    mask = masked() if pruned else masks.full(NODES)
+    alpha = Alpha(*(rng.normal(size=x.shape) for x in mask))
+    noise = Alpha(*(rng.gumbel(size=x.shape) for x in mask))
+    variables = {"params": params, "alpha": alpha}
+    (loss, moments), grads = gradient(variables, stats, data.image, data.label, mask, noise)
+
+    net, places = torch_net(params, stats, torch.float64)
+    theirs = convert.alpha_to_torch(alpha)
+    for x in theirs:
+        x.requires_grad_()
+    batch = convert.batch_to_torch(data.image, data.label)
+    weights = mix(theirs, convert.alpha_to_torch(mask), 0.6, convert.alpha_to_torch(noise))
+    found = torch.nn.functional.cross_entropy(net.train()(batch.image, weights), batch.label)
+    found.backward()
+    assert_close(found.item(), loss, 1e-7, 0)
+    by_name = {name: x.grad for name, x in net.named_parameters()}
+    tree = {"params": params, "stats": stats}
+    assert_close(convert.unload(by_name, places, tree)["params"], grads["params"], 1e-5, 1e-6)
+    assert_close([x.grad.numpy() for x in theirs], list(grads["alpha"]), 1e-5, 1e-6)
+    running = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, stats, moments)
+    assert_close(convert.unload(net.state_dict(), places, tree)["stats"], running, 1e-6, 1e-6)
+
+
+def test_discrete_network_is_that_of_the_same_plan():
+    """float32 logits after terminal pruning, on the weights that the plan keeps."""
+    rng = np.random.default_rng(0)
+    supernets, full = space(jnp.float32), masks.full_keep(NODES)
+    params, stats, _ = varied(supernets.make(full), np.float32)
+    alpha = Alpha(*(jnp.asarray(rng.normal(size=x.shape)) for x in masks.full(NODES)))
+    mask = masks.terminal(alpha, masks.full(NODES))
+    plan = masks.keep(mask)
+    params, stats = (supernets.carry_over(x, full, plan) for x in (params, stats))
+    weights, data = np.array(relax.harden(alpha, mask)), examples("random", BATCH)
+    want = jax.jit(lambda image: supernets.make(plan).apply(params, stats, image, weights, True)[0])(data.image)
+    net, _ = torch_net(params, stats, torch.float32, plan)
+    with torch.no_grad():
+        got = net.train()(convert.batch_to_torch(data.image, data.label).image, torch.from_numpy(weights))
+    assert_close(got.numpy(), want, 1e-4, 1e-4)
+
+
+# --- Whole client rounds ----------------------------------------------------------------------------
+
+
+def algorithm(M):
+    setting = Setting(rounds=ROUNDS, epochs=1, batch=BATCH, augment=lambda key, image: image)
+    phase = fedmetanas(space(jnp.float64, ROUND_LENGTH), setting, M=M)[0]
+    return phase.make(phase.enter(None)[0])
+
+
+@pytest.fixture(scope="module", params=[1, 3])
+def rounds(request):
+    """M, the algorithm with M inner steps, and its compiled client update."""
+    made = algorithm(request.param)
+    return request.param, made, jax.jit(made.client_update)
+
+
+def server_state(made, round, mask):
+    server = jax.eval_shape(made.init, jax.random.key(0))[0]
+    params, stats, _ = varied(space(jnp.float64, ROUND_LENGTH).make(masks.full_keep(NODES)), np.float64)
+    rng = np.random.default_rng(2)
+    alpha = Alpha(*(jnp.asarray(rng.normal(size=x.shape)) for x in mask))
+    return server._replace(round=jnp.int32(round), params=params, stats=stats, alpha=alpha, mask=mask)
+
+
+def torch_client(state, data, key, M):
+    """The PyTorch client's round from the same state -> (params, stats, alpha)."""
+    net, places = torch_net(state.params, state.stats, torch.float64, length=ROUND_LENGTH)
+    tasks = draws.tasks_of(key, data, state.alpha, M=M, batch=BATCH, epochs=1)
+    rates = client.rates_at(int(state.round), ROUNDS, M)
+    alpha, mask = convert.alpha_to_torch(state.alpha), convert.alpha_to_torch(state.mask)
+    alpha, loss = client.client_round(net, alpha, mask, tasks, rates)
+    tree = convert.unload(net.state_dict(), places, {"params": state.params, "stats": state.stats})
+    return tree["params"], tree["stats"], Alpha(*(x.numpy() for x in alpha)), loss.item()
+
+
+# The JAX loss is taken in float32 whatever the network computes in, as the PyTorch one is: what stays between
+# them is float32 rounding of the gradient at the logits, a few 1e-8 of it.
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("kind", IMAGES)
+def test_client_round_leaves_the_same_state(rounds, kind):
+    M, made, update = rounds
+    data, key, state = examples(kind), jax.random.key(11), server_state(made, ROUND, masks.full(NODES))
+    out = update(state, (), data, key)
+    params, stats, alpha, loss = torch_client(state, data, key, M)
+    assert_close(params, out.update[0], 1e-5, 1e-6)
+    assert_close(stats, out.update[1], 1e-5, 1e-6)
+    assert_close(alpha, out.update[2], 1e-5, 1e-6)
+    np.testing.assert_allclose(loss, out.metrics["loss"], 1e-5)
+    moved = jax.tree.map(lambda new, old: float(np.abs(new - old).max()), params, state.params)
+    assert min(jax.tree.leaves(moved)) > 1e-5  # ten times what is tolerated: the equality says something
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize(("round", "pruned"), [(0, False), (39, True)], ids=["warm-up", "pruned"])
+def test_client_round_holds_the_same_logits(rounds, round, pruned):
+    M, made, update = rounds
+    mask = masked() if pruned else masks.full(NODES)
+    data, key, state = examples("random"), jax.random.key(3), server_state(made, round, mask)
+    out = update(state, (), data, key)
+    params, stats, alpha, _ = torch_client(state, data, key, M)
+    assert_close(params, out.update[0], 1e-5, 1e-6)
+    assert_close(stats, out.update[1], 1e-5, 1e-6)
+    assert_close(alpha, out.update[2], 1e-5, 1e-6)
+    for found, start, alive in zip(alpha, state.alpha, mask, strict=True):
+        held = ~np.asarray(alive) | (round == 0)
+        np.testing.assert_array_equal(found[held], np.asarray(start)[held])
+
+
+class Small:
+    """A network of one node on 8 x 8 images, with a task to train it on."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        shapes = ((2, 2, 8), (2, 1))
+        self.net = Supernet(channels=3, classes=3, mean=MEAN, std=STD, width=2, length=1, nodes=1)
+        self.state = [*self.net.parameters(), *client.running_statistics(self.net)]
+        self.start = client.copies(self.state)
+        self.alpha = convert.Alpha(*map(torch.zeros, shapes))
+        self.mask = convert.Alpha(*(torch.ones(s).bool() for s in shapes))
+        image, label = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8), torch.arange(4) % 3
+        noise = [convert.Alpha(*map(gumbel, shapes)) for _ in range(2)]
+        self.tasks = [client.Task(seen, seen, noise) for seen in (client.Batch(image, label),)]
+        self.tasks += [client.Task(seen, seen, noise) for seen in (client.Batch(image.flip(3), label),)]
+        self.rates = client.rates_at(9, 10)
+
+    def after(self, tasks, **how):
+        """The state and alpha after a client's round from the start."""
+        client.put_back(self.state, self.start)
+        alpha, _ = client.client_round(self.net, self.alpha, self.mask, tasks, self.rates, **how)
+        return [*client.copies(self.state), *alpha]
+
+
+def test_federated_round_is_the_mean_of_its_clients():
+    small = Small()
+    alone = [small.after([task]) for task in small.tasks]
+    client.put_back(small.state, small.start)
+    work = [[task] for task in small.tasks]
+    alpha, _ = server.federated_round(small.net, small.alpha, small.mask, work, small.rates)
+    for a, b, mean in zip(*alone, [*small.state, *alpha], strict=True):
+        torch.testing.assert_close(mean.detach(), (a + b) / 2)
+    assert any(torch.any(a != b) for a, b in zip(*alone, strict=True))
+
+
+def test_compiled_network_takes_the_same_round():
+    """The compiler's graph capture alone: what a backend makes of it is not ours to test."""
+    small = Small()
+    eager = small.after(small.tasks)
+    compiled = small.after(small.tasks, forward=torch.compile(small.net, backend="eager"))
+    for a, b in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# --- MobileNetV3 ------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("stem", [1, 2])
+@pytest.mark.parametrize("kind", IMAGES)
+def test_mobilenetv3_logits_and_gradients_in_float64(stem, kind):
+    compare_mobilenets("tiny", stem, examples(kind, 6))
+
+
+def compare_mobilenets(variant, stem, data):
+    """Training logits, gradients, running statistics and evaluation logits, all of float64."""
+    common = {"classes": CLASSES, "mean": MEAN, "std": STD, "stem": stem, "variant": variant}
+    ours = mobilenetv3(shape=SHAPE, dtype=jnp.float64, **common)
+    params, stats, _ = varied(ours, np.float64)
+    theirs = torch_mobilenetv3.MobileNetV3(channels=3, dropout=0.0, **common).double()
+    places = convert.mobilenet_places(theirs)
+    convert.load(theirs, places, params, stats)
+
+    def loss(params, stats, image, label):
+        logits, moments = ours.apply(params, stats, image, True)
+        value = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, label))
+        return value, (logits, moments, ours.apply(params, stats, image, False)[0])
+
+    grads, (logits, moments, still) = jax.jit(jax.grad(loss, has_aux=True))(params, stats, data.image, data.label)
+    batch = convert.batch_to_torch(data.image, data.label)
+    with torch.no_grad():
+        assert_close(theirs.eval()(batch.image).numpy(), still, 1e-5, 1e-6)
+    found = theirs.train()(batch.image)
+    torch.nn.functional.cross_entropy(found, batch.label).backward()
+    assert_close(found.detach().numpy(), logits, 1e-5, 1e-6)
+    tree = {"params": params, "stats": stats}
+    by_name = {name: x.grad for name, x in theirs.named_parameters()}
+    assert_close(convert.unload(by_name, places, tree)["params"], grads, 1e-5, 1e-6)
+    running = jax.tree.map(lambda old, new: 0.99 * old + 0.01 * new, stats, moments)
+    assert_close(convert.unload(theirs.state_dict(), places, tree)["stats"], running, 1e-6, 1e-6)
+
+
+# --- What the rival is made of ----------------------------------------------------------------------
+
+
+def test_parameter_counts_are_the_published_ones():
+    net = Supernet(channels=3, classes=10, mean=MEAN, std=STD)
+    assert sum(x.numel() for x in net.parameters()) == 1_930_618
+    assert sum(isinstance(m, torch.nn.Conv2d) for m in net.modules()) == 1_395
+    assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in net.modules()) == 929
+    large = torch_mobilenetv3.MobileNetV3(channels=3, classes=10, mean=MEAN, std=STD)
+    assert sum(x.numel() for x in large.parameters()) == 4_214_842
+
+
+def test_what_does_not_fit_is_refused():
+    params, stats, _ = varied(space(jnp.float32).make(masks.full_keep(NODES)), np.float32)
+    net, places = torch_net(params, stats, torch.float32)
+    with pytest.raises(ValueError, match="not carried over"):
+        convert.load(net, places, params | {"extra": np.zeros(3)}, stats)
+    plan = full_plan(NODES)
+    plan[0][2:] = [[], [], []]
+    with pytest.raises(ValueError, match="leaves node 1"):
+        torch_net(params, stats, torch.float32, plan)
+
+
+def test_gumbel_noise_has_its_mean_and_spread():
+    draw = gumbel((200_000,), torch.Generator().manual_seed(0))
+    assert abs(draw.mean().item() - np.euler_gamma) < 0.02
+    assert abs(draw.std().item() - np.pi / 6**0.5) < 0.02
