@@ -50,7 +50,7 @@ def measure(rest: list[str], methods: tuple[str, ...], repeats: int) -> None:
         asked = parse(["", *rest, f"--config.method={method}"])
         config = asked.config
         algorithm, data = build.without_a_run(config, asked.data_dir)
-        at_once = build.clients_at_once(config)
+        at_once = max(build.clients_at_once(config), 0)
         step = make_round(algorithm, cohort_size=config.cohort, at_once=at_once)
         state = init_state(algorithm, config.seed, config.clients)
 

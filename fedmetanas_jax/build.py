@@ -121,7 +121,7 @@ def run(
         data = make_data(config, dataset, first_algorithm(phases).least_rows, workdir)
         names = Plan._fields
         plan = Plan(**{name: getattr(config, name) for name in names})
-        plan = plan._replace(at_once=clients_at_once(config))
+        plan = plan._replace(at_once=clients_at_once(config), block=rounds_in_a_dispatch(config))
         outcome = engine.run(
             phases, data, plan, workdir=workdir, mesh=mesh, stop_after=stop_after, go_on=command
         )
@@ -147,10 +147,19 @@ def without_a_run(config: Config, data_dir: str | None) -> tuple[Algorithm, Fede
 
 
 def clients_at_once(config: Config) -> int:
-    """config.at_once, or what suits the backend: one client after another on a CPU, else all."""
+    """config.at_once, or what suits the backend: one after another on a CPU, else -1, as many as fit."""
     if config.at_once >= 0:
         return config.at_once
-    return 1 if jax.default_backend() == "cpu" else 0
+    return 1 if jax.default_backend() == "cpu" else -1
+
+
+def rounds_in_a_dispatch(config: Config) -> int:
+    """config.block, or what suits the backend: on a CPU, whose rounds last, one, so that a run can be stopped
+    after each; else all to the next checkpoint. Clients' states that may be on the host allow one."""
+    if config.block > 0:
+        return config.block
+    alone = jax.default_backend() == "cpu" or config.client_states == "host"
+    return 1 if alone else config.checkpoint_every
 
 
 def keep_genotype(chosen: Network, workdir: Path) -> None:

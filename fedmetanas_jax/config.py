@@ -62,7 +62,9 @@ class Config:
     compute: Literal["auto", "float32", "bfloat16"] = _field(
         "auto", "type of the networks' arithmetic; auto: bfloat16 on accelerators, float32 on CPU"
     )
-    at_once: int = _field(-1, "clients computed together; 0: all; -1: one on CPU, else all", least=-1)
+    at_once: int = _field(
+        -1, "clients computed together; 0: all; -1: one on CPU, else as many as the device's memory allows", least=-1
+    )
     devices: int = _field(1, "devices a round's clients are spread over; 0: all there are", least=0)
     client_states: Literal["auto", "device", "host"] = _field(
         "auto", "where what clients keep between rounds is held; auto: the device, if it has room"
@@ -73,7 +75,9 @@ class Config:
         "-1: 0 on CPU, else 25",
         least=-1,
     )
-    block: int = _field(1, "most rounds in one dispatch to the device", least=1)
+    block: int = _field(
+        0, "most rounds in one dispatch to the device; 0: one on CPU, else all to the next checkpoint", least=0
+    )
 
     eval_batch: int = _field(250, "images in an evaluation batch", least=1)
     eval_every: int = _field(

@@ -202,7 +202,7 @@ def test_discrete_network_is_that_of_the_same_plan():
 def algorithm(M):
     setting = Setting(rounds=ROUNDS, epochs=1, batch=BATCH, augment=lambda key, image: image)
     phase = fedmetanas(space(jnp.float64, ROUND_LENGTH), setting, M=M)[0]
-    return phase.make(phase.enter(None)[0])
+    return phase.make(phase.enter(None, None)[0])
 
 
 @pytest.fixture(scope="module", params=[1, 3])

@@ -291,16 +291,15 @@ def test_one_device_is_no_mesh(data):
     same_bits(put_data(data, None), data)
 
 
-def on_four_devices():
-    """Run in a process of its own: four virtual devices against one, bit for bit."""
+def on_several_devices():
+    """Run in a process of its own: four and eight virtual devices against one, bit for bit."""
     from fedmetanas_jax.engine.evaluate import make_personal
 
-    mesh = clients_mesh(0)
-    assert mesh.size == len(jax.devices()) == 4
+    assert clients_mesh(0).size == len(jax.devices()) == 8
     data = toy.make_data(CLIENTS)
-    cases = [(5, 1, 1), (4, 1, 2)]  # cohort, at_once, block
-    for size, at_once, block in cases:
-        got = []
+    cases = [(5, 1, 1, 4), (4, 1, 2, 4), (5, 1, 1, 8)]  # cohort, at_once, block, devices
+    for size, at_once, block, devices in cases:
+        got, mesh = [], clients_mesh(devices)
         for where in (None, mesh):
             step = engine.make_round(toy.ALGORITHM, cohort_size=size, at_once=at_once, mesh=where, block=block)
             state = engine.init_state(toy.ALGORITHM, SEED, CLIENTS, where)
@@ -315,12 +314,12 @@ def on_four_devices():
             assert step._cache_size() == 1, (size, at_once, block, step._cache_size())
             if where is not None:
                 shard = state.client_states["turns"].addressable_shards[0].data
-                assert shard.shape == (2,), shard.shape  # 7 clients on 4 devices
+                assert shard.shape == (8 // devices,), shard.shape  # 7 clients, filled up to 8
             host = jax.tree.map(np.asarray, state)
             host = host._replace(client_states=jax.tree.map(lambda x: x[:CLIENTS], host.client_states))
             got.append((host, rows))
         same_bits(*got)
-        print("same bits", size, at_once, block)
+        print("same bits", size, at_once, block, devices)
     found = []
     for where in (None, mesh):
         personal = make_personal(toy.ALGORITHM, batch=2, bn_eval="recalibrated", at_once=1, mesh=where)
@@ -330,14 +329,14 @@ def on_four_devices():
     same_bits(*found)
 
 
-def test_a_mesh_of_four_devices_is_one_device_bit_for_bit():
+def test_a_mesh_of_four_or_eight_devices_is_one_device_bit_for_bit():
     here = Path(__file__).parent
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
     }
-    code = "import test_round; test_round.on_four_devices()"
+    code = "import test_round; test_round.on_several_devices()"
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("same bits") == 2
+    assert done.stdout.count("same bits") == 3

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from fedmetanas_jax import tree
 from fedmetanas_jax.core import Array, Tree
+from fedmetanas_jax.engine.mesh import free_bytes
 
 SHARE_OF_MEMORY = 0.4  # of a device's free memory that clients' states may take before they move to the host
 
@@ -63,10 +64,7 @@ def place(asked: str, nbytes: int, devices: int) -> tuple[bool, str]:
     the memory that is free there. A backend that does not tell (the CPU's, whose memory is the host's) has room.
     """
     size = f"clients' states take {nbytes / 1e9:.3g} GB"
-    statistics = jax.devices()[0].memory_stats() or {}
-    room = None
-    if "bytes_limit" in statistics:
-        room = statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
+    room = free_bytes()
     share = -(-nbytes // devices)
     fits = room is None or share <= SHARE_OF_MEMORY * room
     if asked == "auto" and not fits:

@@ -29,6 +29,7 @@ class Course:
         self.data = put_data(data, mesh)
         self._made: dict[str, Algorithm] = {}
         self._compiler, self._ahead = ThreadPoolExecutor(1), None
+        self.at_once = None  # as chosen for this phase before the run was broken off: another choice, other bits
 
     def begin(self, say: Callable[[str], None]) -> None:
         """Restores the newest good checkpoint, or starts at round 0."""
@@ -40,7 +41,7 @@ class Course:
             self.state = init_state(algorithm, self.plan.seed, self.plan.clients, self.mesh, self.hosted)
         else:
             _, meta, state = restored
-            self.phase, self.shape = meta["phase"], meta["plan"]
+            self.phase, self.shape, self.at_once = meta["phase"], meta["plan"], meta["at_once"]
             self._place_client_states(self._algorithm_of(self.phase, self.shape), say)
             say(f"resuming after round {int(state.round)} of {self.plan.rounds}")
             self.state = state if self.hosted else put_state(state, self.mesh)
@@ -91,6 +92,7 @@ class Course:
         before = line.get("server_accuracy") or self._server_accuracy()
         seconds = self.programs.spent_compiling()
         self.phase += 1
+        self.at_once = None
         phase, clock = self.phases[self.phase], time.perf_counter()
         self.shape, server_state = phase.enter(self.state.server_state, self.shape)
         self.state = self.state._replace(server_state=put_data(server_state, self.mesh))
@@ -115,7 +117,7 @@ class Course:
         algorithm = self._algorithm_of(self.phase + 1, shape)
         if algorithm is self.algorithm:
             return
-        programs = Programs(algorithm, self.plan, self.data, self.mesh, self.hosted, say)
+        programs = Programs(algorithm, self.plan, self.data, self.mesh, self.hosted, None, say)
         state = state_shapes(algorithm, self.plan.clients, self.mesh, self.hosted)
         if self.hosted:
             cohort_of = lambda x: jax.ShapeDtypeStruct((self.plan.cohort, *x.shape[1:]), x.dtype)  # noqa: E731
@@ -126,7 +128,8 @@ class Course:
     def save(self) -> None:
         """A checkpoint of this moment, unless there is one."""
         if self.done not in self.checkpoints.candidates():
-            self.checkpoints.save(self.done, self.state, {"phase": self.phase, "plan": self.shape})
+            meta = {"phase": self.phase, "plan": self.shape, "at_once": self.programs.at_once}
+            self.checkpoints.save(self.done, self.state, meta)
 
     def _algorithm_of(self, phase: int, shape) -> Algorithm:
         key = f"{id(self.phases[phase].make)} {json.dumps(shape)}"
@@ -146,6 +149,8 @@ class Course:
         self.hosted, where = client_states.place(plan.client_states, nbytes, devices)
         if nbytes:
             say(where)
+        if self.hosted:  # the host has something to do after every round
+            self.plan = plan._replace(block=1)
 
     def _round_with_hosted_states(self) -> dict:
         chosen = np.asarray(cohort(self.state.seed, self.state.round, self.plan.clients, self.plan.cohort))
@@ -178,7 +183,8 @@ class Course:
             self.programs, compiling = self._ahead
             compiling.result()  # waits, and raises what went wrong there
         else:
-            self.programs = Programs(self.algorithm, self.plan, self.data, self.mesh, self.hosted, say)
+            given = self.plan, self.data, self.mesh, self.hosted, self.at_once
+            self.programs = Programs(self.algorithm, *given, say)
         self.bytes_a_client = payload(self.algorithm, self.state, self.data)
 
     def _server_accuracy(self) -> float:

@@ -26,6 +26,14 @@ def clients_mesh(devices: int) -> Mesh | None:
     return None if count == 1 else Mesh(np.array(there[:count]), ("clients",))
 
 
+def free_bytes() -> int | None:
+    """Memory that is free on a device; None where the backend does not tell (a CPU's is the host's)."""
+    statistics = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" not in statistics:
+        return None
+    return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
+
+
 def padded(clients: int, mesh: Mesh | None) -> int:
     """The rows that clients' states have: as many as clients, filled up to equal shares of the devices."""
     return clients if mesh is None else -(-clients // mesh.size) * mesh.size

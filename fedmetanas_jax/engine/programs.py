@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from fedmetanas_jax.core import Algorithm, FederatedData, Net, RoundState
 from fedmetanas_jax.engine import evaluate
+from fedmetanas_jax.engine.mesh import free_bytes
 from fedmetanas_jax.engine.round import make_round
 
 
@@ -22,7 +23,7 @@ class Plan(NamedTuple):
     cohort: int
     batch: int
     epochs: int
-    at_once: int
+    at_once: int  # -1: as many as the device's memory allows
     block: int
     client_states: str
     bn_eval: str
@@ -37,17 +38,20 @@ class Programs:
     """The compiled programs of one algorithm; compiling is announced, and its seconds are kept apart."""
 
     def __init__(
-        self, algorithm: Algorithm, plan: Plan, data: FederatedData, mesh: Mesh | None, hosted: bool, say: Callable
+        self,
+        algorithm: Algorithm,
+        plan: Plan,
+        data: FederatedData,
+        mesh: Mesh | None,
+        hosted: bool,
+        at_once: int | None,
+        say: Callable,
     ):
-        self.algorithm, self.plan, self.data, self.say = algorithm, plan, data, say
+        """`at_once` is what was chosen for this algorithm before, None if nothing was."""
+        self.algorithm, self.plan, self.data, self.mesh = algorithm, plan, data, mesh
+        self.hosted, self.say = hosted, say
+        self.at_once = plan.at_once if plan.at_once >= 0 else at_once
         self.seconds = self.seconds_ahead = 0.0
-        common = {"at_once": plan.at_once, "mesh": mesh}
-        sizes = {"batch": plan.eval_batch, "bn_eval": plan.bn_eval}
-        self._jitted = {
-            "round": make_round(algorithm, cohort_size=plan.cohort, block=plan.block, hosted=hosted, **common),
-            "evaluation": evaluate.make_evaluate(algorithm, **sizes),
-            "adaptation": evaluate.make_personal(algorithm, **sizes, **common),
-        }
         self._compiled: dict = {}
         # Small, but operation by operation they would be compiled a hundred times over.
         self.global_model, self.discrete_model, self.report = (
@@ -57,7 +61,7 @@ class Programs:
 
     def __call__(self, name: str, *arguments):
         if name not in self._compiled:
-            self.say(f"compiling the {name} (kept in JAX's cache for the next run) ...")
+            self.say(f"compiling the {name} (kept in {jax.config.jax_compilation_cache_dir} for the next run) ...")
             seconds = self._compile(name, *arguments)
             self.seconds += seconds
             self.say(f"compiled the {name} in {seconds:.1f} s")
@@ -75,8 +79,37 @@ class Programs:
 
     def _compile(self, name: str, *arguments) -> float:
         start = time.perf_counter()
-        self._compiled[name] = self._jitted[name].lower(*arguments).compile()
+        if name == "round" and self.at_once is None:
+            self._compiled[name] = self._compile_as_many_as_fit(*arguments)
+        else:
+            self._compiled[name] = self._made(name, self.at_once or 0).lower(*arguments).compile()
         return time.perf_counter() - start
+
+    def _made(self, name: str, at_once: int) -> Callable:
+        plan, common = self.plan, {"at_once": at_once, "mesh": self.mesh}
+        sizes = {"batch": plan.eval_batch, "bn_eval": plan.bn_eval}
+        if name == "round":
+            shape = {"cohort_size": plan.cohort, "block": plan.block, "hosted": self.hosted}
+            return make_round(self.algorithm, **shape, **common)
+        if name == "evaluation":
+            return evaluate.make_evaluate(self.algorithm, **sizes)
+        return evaluate.make_personal(self.algorithm, **sizes, **common)
+
+    def _compile_as_many_as_fit(self, *arguments):
+        """The round with all of a device's clients in one vmap or, where XLA says that this takes more than the
+        memory that is free, with as many as its figure lets expect to fit."""
+        devices = 1 if self.mesh is None else self.mesh.size
+        clients = at_once = -(-self.plan.cohort // devices)
+        while True:
+            compiled = self._made("round", at_once).lower(*arguments).compile()
+            needed, room = compiled.memory_analysis().temp_size_in_bytes, free_bytes()
+            if room is None or needed <= room or at_once == 1:
+                break
+            at_once = min(at_once - 1, max(1, int(at_once * room / needed)))
+        self.at_once = at_once
+        free = "" if room is None else f" of {room / 1e9:.3g} GB free"
+        self.say(f"{at_once} of a device's {clients} clients at once: {needed / 1e9:.3g} GB{free} (config.at_once)")
+        return compiled
 
     def spent_compiling(self) -> float:
         """Seconds since the last call."""

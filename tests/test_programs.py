@@ -1,0 +1,56 @@
+"""How many clients a program computes together, by the memory that is free."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+import toy
+
+from fedmetanas_jax.engine import programs as engine
+from fedmetanas_jax.engine.round import init_state
+
+CLIENTS, COHORT = 8, 6
+PLAN = engine.Plan(
+    rounds=4, seed=0, clients=CLIENTS, cohort=COHORT, batch=4, epochs=1, at_once=-1, block=1, client_states="auto",
+    bn_eval="running", eval_batch=8, eval_every=0, adapt_every=0, final_adapt=False, checkpoint_every=1,
+)  # fmt: skip
+
+
+def heavy(server, client_state, data, key):
+    """The toy client with 4 MB of intermediate values."""
+    out = toy.client_update(server, client_state, data, key)
+    noise = jnp.sort(jax.random.uniform(key, (1 << 20,)))  # a sort is computed into memory of its own
+    return out._replace(metrics=out.metrics | {"noise": noise[17]})
+
+
+@pytest.fixture(scope="module")
+def start():
+    algorithm = toy.ALGORITHM._replace(client_update=heavy)
+    return algorithm, init_state(algorithm, 0, CLIENTS), toy.make_data(CLIENTS)
+
+
+def compiled(start, free, monkeypatch, at_once=None):
+    algorithm, state, data = start
+    said = []
+    monkeypatch.setattr(engine, "free_bytes", lambda: free)
+    programs = engine.Programs(algorithm, PLAN, data, None, False, at_once, said.append)
+    programs("round", jax.tree.map(jnp.copy, state), data, jnp.int32(1))
+    return programs.at_once, said
+
+
+def test_all_at_once_where_they_fit_or_nothing_is_known(start, monkeypatch):
+    for free in (None, 10**9):
+        at_once, said = compiled(start, free, monkeypatch)
+        assert at_once == COHORT
+        assert any("6 of a device's 6 clients at once" in line for line in said)
+
+
+def test_as_many_as_fit(start, monkeypatch):
+    """Six clients take 4 MB each at the least, so that 20 MB hold some of them and 1 MB one (there are no fewer)."""
+    some, said = compiled(start, 20 * 10**6, monkeypatch)
+    assert 1 <= some < COHORT
+    assert any(f"{some} of a device's 6 clients at once" in line and "0.02 GB free" in line for line in said)
+    assert compiled(start, 10**6, monkeypatch)[0] == 1
+
+
+def test_a_resumed_run_takes_what_was_chosen(start, monkeypatch):
+    assert compiled(start, 10**9, monkeypatch, at_once=2)[0] == 2
