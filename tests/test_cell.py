@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from fedmetanas_jax.models import operations
-from fedmetanas_jax.models.cell import How, cell, placed
+from fedmetanas_jax.models.cell import How, cell
 from fedmetanas_jax.models.darts import darts
+from fedmetanas_jax.models.layout import placed
 from fedmetanas_jax.models.schedule import stages, tabulate
 from fedmetanas_jax.topology import NONE, OPS, edge_ends
 

@@ -3,13 +3,14 @@
 Inside a network an image batch is laid out [C, H, W, N], batch last: the inner loop of every layer then
 runs over N and (W, N) without gaps, which suits a CPU's vector units.
 
-Three choices need a word:
+Four choices need a word:
 * A depthwise convolution is k*k shifted multiply-adds. Under `vmap` over clients XLA turns grouped
   convolutions with per-client kernels, and above all their weight gradients, into dense ones; shifts stay
   what they are.
 * Shifts, pooling and batch norm have hand-written gradients. Automatic ones turn every shifted read into a
   shifted write, and keep far more for the backward pass.
 * `optimization_barrier` stops XLA from recomputing a cheap producer (ReLU, padding) once for each tap.
+* `settled` stops XLA:CPU from merging a loop over taps with the reshape that a pointwise layer reads through.
 """
 
 from functools import partial
