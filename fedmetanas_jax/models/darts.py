@@ -191,7 +191,7 @@ def darts(
     Weights, moments, logits and the mix are float32; `dtype` is what the layers compute in. `remat` computes
     every edge a second time in the backward pass instead of keeping what it needs; `batched` takes all edges
     that leave a source at once. They change time and memory alone (results/formulations.md).
-    ValueError where the image cannot be halved as often as there are reduction operations.
+    ValueError where the image cannot be halved as often as there are reduction cells.
     """
     halvings = len(reductions(length))
     if shape[0] % 2**halvings or shape[1] % 2**halvings:
