@@ -1,250 +1,187 @@
-"""One DARTS cell (methods: search space of Liu et al., ICLR 2019): a scan over its edges.
+"""One DARTS cell (Liu et al., ICLR 2019): a scan over its sources and, inside it, over the edges that leave them.
 
-An unrolled supernet (1,395 convolutions) takes XLA seven minutes to compile, so the edges of a cell are
-stacked and one compiled body serves them all; a node's tensor is complete before an edge reads it,
-because edges are ordered by the node they end in.
+An unrolled supernet (1,395 convolutions) takes XLA seven minutes to compile, so the sources of a cell and
+the edges of a source are stacked and one compiled body serves them all. A source computes its ReLU and the
+operations without weights once; only convolutions are done edge by edge.
 
-The gradient of that scan is written by hand. Automatic differentiation would keep all intermediate values
-of all edges; this one keeps the node tensors alone and computes each edge again on the way back (what
-`jax.checkpoint` on the body would do, but without a copy of the nodes for every step of the scan).
+The gradient of that scan is written by hand. Automatic differentiation would keep a copy of the nodes for
+every step. This one keeps the nodes once and, with `remat`, computes each edge again on the way back;
+without, it keeps what the gradients of the edges need.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from fedmetanas_jax.core import Array, Tree
-from fedmetanas_jax.models import layers
-from fedmetanas_jax.topology import OPS, edge_ends
-
-KERNEL = {"sep_conv_3x3": 3, "sep_conv_5x5": 5, "dil_conv_3x3": 3, "dil_conv_5x5": 5}
-
-Keep = tuple[tuple[int, ...], ...]  # of one cell type: the operations alive on each edge
+from fedmetanas_jax.models import operations
+from fedmetanas_jax.models.layout import Given, by_edge, in_edge_order, lay_out
+from fedmetanas_jax.models.operations import Keep
+from fedmetanas_jax.models.schedule import Stage, stages, tabulate
 
 
-def carriers(keep: Keep, op: int, edges: list[int]) -> list[int]:
-    """Those of `edges` on which `op` is alive."""
-    return [e for e in edges if op in keep[e]]
+class How(NamedTuple):
+    """Ways to compute a cell; all give the same numbers up to rounding."""
 
-
-def stack(keep: Keep, op: int, nodes: int, reduce: bool) -> tuple[list[int], int]:
-    """The edges whose weights and moments of `op` are stacked, in order, and the stride they are for.
-
-    A skip connection has weights where it halves the image: on a reduction cell's input edges.
-    """
-    ends = edge_ends(nodes)
-    strided = [e for e in range(len(ends)) if reduce and ends[e][0] < 2]
-    if OPS[op] == "skip_connect":
-        return (carriers(keep, op, strided), 2) if reduce else ([], 1)
-    return carriers(keep, op, list(range(len(ends)))), 1
-
-
-def has_norm(op: str, stride: int) -> bool:
-    """Whether the operation ends in a batch norm; `none` and the identity do not."""
-    return op != "none" and (op != "skip_connect" or stride == 2)
-
-
-def op_shapes(op: str, width: int, stride: int) -> dict[str, tuple[int, ...]]:
-    """Weights of one operation at width C, by name; the second half of a separable convolution ends in _2."""
-    if op == "skip_connect" and stride == 2:
-        return {"even": (width // 2, width), "odd": (width // 2, width)}
-    if op not in KERNEL:
-        return {}
-    size = KERNEL[op]
-    first = {"depthwise": (width, size, size), "pointwise": (width, width)}
-    if op.startswith("dil"):
-        return first
-    return first | {f"{name}_2": shape for name, shape in first.items()}
-
-
-def norm_names(op: str, stride: int) -> tuple[str, ...]:
-    """Batch norms of one operation: the second one of a separable convolution ends in _2."""
-    if not has_norm(op, stride):
-        return ()
-    return ("norm", "norm_2") if op.startswith("sep") else ("norm",)
-
-
-class Norms:
-    """Batch norms of one forward pass: with given moments, or with the batch's own, which it collects."""
-
-    def __init__(self, given: Tree | None):
-        self.given, self.found = given, {}
-
-    def __call__(self, name: str, x: Array) -> Array:
-        if self.given is not None:
-            return layers.frozen_norm(x, *self.given[name])
-        y, mean, variance = layers.batch_norm(x)
-        self.found[name] = (mean, variance)
-        return y
-
-
-def factorized_reduce(relu_x: Array, even: Array, odd: Array) -> Array:
-    """Halves H and W: two 1x1 stride-2 convolutions, the second on the image shifted by one pixel.
-
-    relu_x [I, H, W, N] (after its ReLU), even and odd [O/2, I] -> [O, H/2, W/2, N], before its batch norm.
-    """
-    first = layers.pointwise(layers.settled(relu_x[:, ::2, ::2]), even)
-    second = layers.pointwise(layers.settled(relu_x[:, 1::2, 1::2]), odd)
-    return jnp.concatenate([first, second])
-
-
-def _operation(op: str, x: Array, relu_x: Array, weights: dict, norm: Norms, stride: int) -> Array:
-    if op == "max_pool_3x3":
-        return norm("norm", layers.max_pool(x, stride))
-    if op == "avg_pool_3x3":
-        return norm("norm", layers.avg_pool(x, stride))
-    if op == "skip_connect":
-        return x if stride == 1 else norm("norm", factorized_reduce(relu_x, weights["even"], weights["odd"]))
-    dilation = 2 if op.startswith("dil") else 1
-    y = layers.depthwise(relu_x, weights["depthwise"], stride, dilation)
-    y = norm("norm", layers.pointwise(layers.settled(y), weights["pointwise"]))
-    if op.startswith("sep"):
-        y = layers.depthwise(jax.nn.relu(y), weights["depthwise_2"], 1, 1)
-        y = norm("norm_2", layers.pointwise(layers.settled(y), weights["pointwise_2"]))
-    return y
-
-
-def mixed_edge(plan, stride: int, x: Array, weights: Tree, given: Tree | None, mix: Array, alive: Array):
-    """sum_k mix_k o_k(x) over the operations of `plan`, as (op index, on every edge?) pairs.
-
-    x [C, H, W, N], mix [ops], alive [ops] bool. An operation that only some edges carry is skipped by
-    `lax.cond` where it is dead. Returns (y [C, H/stride, W/stride, N], {op: moments}).
-    """
-    relu_x = lax.optimization_barrier(jax.nn.relu(x))
-    total, moments = None, {}
-    for k, everywhere in plan:
-        op = OPS[k]
-
-        def run(x, relu_x, weights, weight, op=op):
-            norm = Norms(None if given is None else given[op])
-            y = _operation(op, x, relu_x, weights, norm, stride)
-            return weight.astype(y.dtype) * y, norm.found
-
-        arguments = (x, relu_x, weights[op], mix[k])
-        if everywhere:
-            y, found = run(*arguments)
-        else:
-            shapes = jax.eval_shape(run, *arguments)
-            dead = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-            y, found = lax.cond(alive[k], run, lambda *_, dead=dead: dead, *arguments)
-        total = y if total is None else total + y
-        moments[op] = found
-    return total, moments
+    remat: bool = True  # compute edges again in the backward pass instead of keeping what it needs
+    batched: bool = False  # all edges that leave a source at once instead of one after another
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def run_edges(plan, stride: int, train: bool, schedule, source: Array, node: Array, weights, stats, mix):
-    """Adds every edge's output to the node it ends in.
+def run_stage(stage: Stage, train: bool, how: How, source: Array | None, nodes: Array, given: Given):
+    """Adds to `nodes` [rows, C, H', W', N] what the edges of the stage contribute.
 
-    schedule: (from [E], to [E], alive [E, ops]); source [inputs, C, H, W, N] or None when the edges read
-    from `node` [nodes, C, H', W', N] itself; weights, stats and mix lead with E.
-    Returns (node, {op: moments [E, ...]}).
+    source [inputs, C, H, W, N], or None where the sources are rows of `nodes` themselves. Returns
+    (nodes, (moments of the operations without weights [sources, C], of the others [sources, slots, C])).
+    """
+    return _forward(stage, train, how, False, source, nodes, given)[0]
+
+
+def _steps(stage: Stage, train: bool, how: How):
+    """The two differentiable parts of a step, and whether the second takes all slots at once.
+
+    shared(x, mix, stats, offers) -> (y [nodes, C, H', W', N], moments): what a source gives by operations
+    without weights. own(relu_x, weights, mix, stats, alive) -> (y [C, H', W', N], moments): what one edge
+    gives by those with weights, zeros for an empty slot; for all slots at once everything leads with them.
     """
 
-    def step(node, edge):
-        (start, end, alive), weights, stats, mix = edge
-        x = (node if source is None else source)[start]
-        y, moments = mixed_edge(plan, stride, x, weights, None if train else stats, mix, alive)
-        return node.at[end].add(y), moments
+    def shared(x, mix, stats, offers):
+        return operations.weightless(stage.shared, stage.stride, x, None if train else stats, mix, offers)
 
-    return lax.scan(step, node, (schedule, weights, stats, mix))
+    def own(relu_x, weights, mix, stats, alive):
+        def run(relu_x, weights, mix):
+            return operations.weighted(stage.own, stage.stride, relu_x, weights, None if train else stats, mix, alive)
+
+        return operations.where_alive(stage.full, jnp.any(alive), run, relu_x, weights, mix)
+
+    # Under vmap a conditional computes both sides, so that a stage with dead operations keeps its scan.
+    batched = how.batched and stage.full and all(op.everywhere for op in stage.own)
+    return shared, jax.vmap(own, (None, 0, 0, 0, 0)) if batched else own, batched
 
 
-def _run_edges_forward(plan, stride, train, schedule, source, node, weights, stats, mix):
-    out, moments = run_edges(plan, stride, train, schedule, source, node, weights, stats, mix)
-    return (out, moments), (schedule, source, out, weights, stats, mix)
+def _forward(stage, train, how, keep, source, nodes, given):
+    """What `run_stage` returns and, with `keep`, the functions that pull gradients back through each step."""
+    shared, own, batched = _steps(stage, train, how)
+    table = tabulate(stage)
+
+    def evaluate(function, *arguments):
+        if keep:
+            return jax.vjp(function, *arguments, has_aux=True)
+        y, moments = function(*arguments)
+        return y, None, moments
+
+    def visit(nodes, step):
+        start, offers, ends, alive, given = step
+        x = (nodes if source is None else source)[start]
+        pulls, moments = [None, None], [{}, {}]
+        if stage.shared:
+            y, pulls[0], moments[0] = evaluate(
+                lambda x, mix: shared(x, mix, given.shared_stats, offers), x, given.shared_mix
+            )
+            nodes = nodes.at[stage.first :].add(y)
+        relu_x = lax.optimization_barrier(jax.nn.relu(x))
+
+        def send(nodes, slot):
+            end, alive, weights, mix, stats = slot
+            y, pull, moments = evaluate(lambda *trained: own(*trained, stats, alive), relu_x, weights, mix)
+            return _add(nodes, end, y), (pull, moments)
+
+        if stage.own:
+            slots = ends, alive, given.weights, given.mix, given.stats
+            nodes, (pulls[1], moments[1]) = send(nodes, slots) if batched else lax.scan(send, nodes, slots)
+        return nodes, (pulls, moments)
+
+    nodes, (pulls, moments) = lax.scan(visit, nodes, (table.start, table.offers, table.end, table.alive, given))
+    return (nodes, moments), pulls
 
 
-def _run_edges_backward(plan, stride, train, saved, cotangents):
-    schedule, source, node, weights, stats, mix = saved
+def _run_stage_forward(stage, train, how, source, nodes, given):
+    out, pulls = _forward(stage, train, how, not how.remat, source, nodes, given)
+    return out, (source, out[0], given, pulls)
+
+
+def _run_stage_backward(stage, train, how, saved, cotangents):
+    source, nodes, given, pulls = saved
+    shared, own, batched = _steps(stage, train, how)
+    table = tabulate(stage)
     # The moments feed running averages alone, which no gradient passes.
-    grad_node = cotangents[0]
-    grad_source = None if source is None else jnp.zeros_like(source)
+    grads = cotangents[0], None if source is None else jnp.zeros_like(source)
 
-    def step(carry, edge):
-        grad_node, grad_source = carry
-        (start, end, alive), weights, stats, mix = edge
-        x = (node if source is None else source)[start]
+    def pulled(pull, g, function, *arguments):
+        return (jax.vjp(function, *arguments, has_aux=True)[1] if how.remat else pull)(g)
 
-        def output(x, weights, mix):
-            return mixed_edge(plan, stride, x, weights, None if train else stats, mix, alive)[0]
+    def visit(grads, step):
+        start, offers, ends, alive, given, (shared_pull, own_pulls) = step
+        g_nodes, g_source = grads
+        x = (nodes if source is None else source)[start]
+        g_x, g_shared_mix, g_own = jnp.zeros_like(x), jnp.zeros_like(given.shared_mix), None
+        if stage.shared:
+            g_x, g_shared_mix = pulled(
+                shared_pull,
+                g_nodes[stage.first :],
+                lambda x, mix: shared(x, mix, given.shared_stats, offers)[:2],
+                x,
+                given.shared_mix,
+            )
+        relu_x = lax.optimization_barrier(jax.nn.relu(x))
 
-        grad_x, grad_weights, grad_mix = jax.vjp(output, x, weights, mix)[1](grad_node[end])
+        def send(g_relu, slot):
+            end, alive, weights, mix, stats, pull = slot
+            g, *g_own = pulled(
+                pull, g_nodes[end], lambda *trained: own(*trained, stats, alive), relu_x, weights, mix
+            )
+            return g_relu + g, g_own
+
+        if stage.own:
+            slots = ends, alive, given.weights, given.mix, given.stats, own_pulls
+            zeros = jnp.zeros_like(x)
+            g_relu, g_own = send(zeros, slots) if batched else lax.scan(send, zeros, slots, reverse=True)
+            g_x = g_x + jnp.where(x > 0, g_relu, 0)
+        g_weights, g_mix = g_own or (given.weights, jnp.zeros_like(given.mix))
         if source is None:
-            grad_node = grad_node.at[start].add(grad_x)
+            g_nodes = g_nodes.at[start].add(g_x)
         else:
-            grad_source = grad_source.at[start].add(grad_x)
-        return (grad_node, grad_source), (grad_weights, grad_mix)
+            g_source = g_source.at[start].add(g_x)
+        return (g_nodes, g_source), (g_shared_mix, g_mix, g_weights)
 
-    # Edges backwards: a node's gradient is complete before the edges that end in it are visited.
-    (grad_node, grad_source), (grad_weights, grad_mix) = lax.scan(
-        step, (grad_node, grad_source), (schedule, weights, stats, mix), reverse=True
-    )
-    no_schedule = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), schedule)
-    no_stats = jax.tree.map(jnp.zeros_like, stats)
-    return no_schedule, grad_source, grad_node, grad_weights, no_stats, grad_mix
+    # Sources backwards: a node's gradient is complete before the edges that end in it are visited.
+    steps = table.start, table.offers, table.end, table.alive, given, pulls
+    (g_nodes, g_source), g_given = lax.scan(visit, grads, steps, reverse=True)
+    no_stats = jax.tree.map(jnp.zeros_like, (given.shared_stats, given.stats))
+    return g_source, g_nodes, Given(*g_given, *no_stats)
 
 
-run_edges.defvjp(_run_edges_forward, _run_edges_backward)
+run_stage.defvjp(_run_stage_forward, _run_stage_backward)
+
+
+def _add(nodes: Array, end: Array, y: Array) -> Array:
+    """y added to row `end` [] of nodes, or y [slots, ...] to rows `end` [slots]."""
+    if jnp.ndim(end) == 0:
+        return nodes.at[end].add(y)
+    for n in range(len(end)):
+        nodes = nodes.at[end[n]].add(y[n])
+    return nodes
 
 
 def cell(
-    inputs: Array, weights: Tree, stats: Tree, mix: Array, keep: Keep, nodes: int, reduce: bool, train: bool
+    inputs: Array, weights: Tree, stats: Tree, mix: Array, keep: Keep, nodes: int, reduce: bool, train: bool, how: How
 ) -> tuple[Array, Tree]:
     """One cell: inputs [2, C, H, W, N] (preprocessed) -> ([nodes, C, H', W', N], moments of its batch norms).
 
     weights and stats: {op: {name: [edges of its `stack`, ...]}}. mix [edges, ops].
     """
-    ends = edge_ends(nodes)
-    live = [e for e in range(len(ends)) if any(OPS[k] != "none" for k in keep[e])]
-    shape = inputs.shape[1:]
-    if reduce:
-        shape = (shape[0], shape[1] // 2, shape[2] // 2, shape[3])
-        node = jnp.zeros((nodes, *shape), inputs.dtype)
-        stages = [
-            (2, inputs, [e for e in live if ends[e][0] < 2], 0, 0),
-            (1, None, [e for e in live if ends[e][0] >= 2], 2, 0),
-        ]
-    else:
-        node = jnp.concatenate([inputs, jnp.zeros((nodes, *shape), inputs.dtype)])
-        stages = [(1, None, live, 0, 2)]
-
+    channels, height, width, batch = inputs.shape[1:]
+    shape = (nodes, channels, height // 2, width // 2, batch) if reduce else (nodes, *inputs.shape[1:])
+    state = jnp.zeros(shape, inputs.dtype)
+    if not reduce:
+        state = jnp.concatenate([inputs, state])
     found: dict = {}
-    for stride, source, edges, from_shift, to_shift in stages:
-        if not edges:
-            continue
-        ops = [k for k in range(1, len(OPS)) if carriers(keep, k, edges)]
-        plan = tuple((k, len(carriers(keep, k, edges)) == len(edges)) for k in ops)
-        schedule = (
-            jnp.array([ends[e][0] - from_shift for e in edges]),
-            jnp.array([ends[e][1] + to_shift for e in edges]),
-            jnp.array([[k in keep[e] for k in range(len(OPS))] for e in edges]),
-        )
-        rows = {}
-        for k in ops:
-            place = {e: n for n, e in enumerate(stack(keep, k, nodes, reduce)[0])}
-            # A dead edge is given row 0: its operation is skipped, so the row is never used.
-            rows[OPS[k]] = np.array([place.get(e, 0) for e in edges])
-        weights_e, stats_e = (
-            {
-                op: jax.tree.map(lambda x, place=place: x[place], tree.get(op, {})) if has_norm(op, stride) else {}
-                for op, place in rows.items()
-            }
-            for tree in (weights, stats)
-        )
-        node, moments = run_edges(plan, stride, train, schedule, source, node, weights_e, stats_e, mix[np.array(edges)])
-        for k in ops:
-            here = np.array([n for n, e in enumerate(edges) if k in keep[e]])
-            part = jax.tree.map(lambda m, here=here: m[here], moments[OPS[k]])
-            if part:
-                found.setdefault(OPS[k], []).append((carriers(keep, k, edges), part))
-    return (node if reduce else node[2:]), {op: _in_edge_order(parts) for op, parts in found.items()}
-
-
-def _in_edge_order(parts):
-    """Moments of a cell's two scans, joined and put into the order of the edges."""
-    order = np.argsort(np.concatenate([edges for edges, _ in parts]))
-    return jax.tree.map(lambda *m: jnp.concatenate(m)[order], *[part for _, part in parts])
+    for stage in stages(keep, nodes, reduce, same_length=how.batched):
+        source = inputs if stage.stride == 2 else None
+        state, moments = run_stage(stage, train, how, source, state, lay_out(stage, weights, stats, mix, train))
+        for op, part in by_edge(stage, moments).items():
+            found.setdefault(op, []).append(part)
+    return state[-nodes:], {op: in_edge_order(parts) for op, parts in found.items()}

@@ -11,24 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from fedmetanas_jax.core import Array, SearchSpace, Supernet, Tree
-from fedmetanas_jax.models import cell as cells
-from fedmetanas_jax.models import layers
+from fedmetanas_jax.core import Array, SearchSpace, Supernet
+from fedmetanas_jax.models import layers, operations
+from fedmetanas_jax.models.cell import How, cell
+from fedmetanas_jax.models.plan import STEM_MULTIPLIER, Plan, carry_over, full_plan, multiply_adds, reductions
 from fedmetanas_jax.topology import OPS, edge_ends
-
-Plan = tuple[cells.Keep, cells.Keep]  # operations alive on each edge of normal and reduction cells
-STEM_MULTIPLIER = 3
-
-
-def full_plan(nodes: int) -> Plan:
-    """Every operation on every edge."""
-    edges = len(edge_ends(nodes))
-    return ((tuple(range(len(OPS))),) * edges,) * 2
-
-
-def reductions(length: int) -> tuple[int, ...]:
-    """Indices of the reduction cells: a third and two thirds of the way."""
-    return tuple(sorted({length // 3, 2 * length // 3}))
 
 
 def declared(key: Array, shape: tuple[int, ...]) -> Array:
@@ -76,7 +63,7 @@ class Preprocess(nn.Module):
         x = jax.nn.relu(x)
         if self.halve:
             half = (self.width // 2, fan_in)
-            x = cells.factorized_reduce(x, self.param("even", declared, half), self.param("odd", declared, half))
+            x = operations.factorized_reduce(x, self.param("even", declared, half), self.param("odd", declared, half))
         else:
             x = layers.pointwise(x, self.param("pointwise", declared, (self.width, fan_in)))
         return Norm((self.width,), name="norm")(x, train)
@@ -93,9 +80,10 @@ class Operation(nn.Module):
     @nn.compact
     def __call__(self):
         weights = {}
-        for name, shape in cells.op_shapes(self.op, self.width, self.stride).items():
+        for name, shape in operations.op_shapes(self.op, self.width, self.stride).items():
             weights[name] = self.param(name, declared, (self.count, *shape))
-        norms = {name: Norm((self.count, self.width), name=name) for name in cells.norm_names(self.op, self.stride)}
+        names = operations.norm_names(self.op, self.stride)
+        norms = {name: Norm((self.count, self.width), name=name) for name in names}
         return weights, norms
 
 
@@ -104,9 +92,10 @@ class Cell(nn.Module):
 
     width: int
     nodes: int
-    keep: cells.Keep
+    keep: operations.Keep
     reduce: bool
     after_reduction: bool
+    how: How
 
     @nn.compact
     def __call__(self, s0: Array, s1: Array, mix: Array, train: bool) -> Array:
@@ -114,12 +103,12 @@ class Cell(nn.Module):
         s1 = Preprocess(self.width, False, name="preprocess_1")(s1, train)
         weights, norms = {}, {}
         for k, op in enumerate(OPS):
-            edges, stride = cells.stack(self.keep, k, self.nodes, self.reduce)
-            if edges and cells.has_norm(op, stride):
+            edges, stride = operations.stack(self.keep, k, self.nodes, self.reduce)
+            if edges and operations.has_norm(op, stride):
                 weights[op], norms[op] = Operation(op, self.width, stride, len(edges), name=op)()
         stats = {op: {name: norm.moments for name, norm in by_name.items()} for op, by_name in norms.items()}
-        nodes, moments = cells.cell(
-            jnp.stack([s0, s1]), weights, stats, mix, self.keep, self.nodes, self.reduce, train
+        nodes, moments = cell(
+            jnp.stack([s0, s1]), weights, stats, mix, self.keep, self.nodes, self.reduce, train, self.how
         )
         if train:
             for op, by_name in norms.items():
@@ -136,6 +125,7 @@ class Darts(nn.Module):
     length: int
     nodes: int
     plan: Plan
+    how: How
 
     @nn.compact
     def __call__(self, x: Array, mix: Array, train: bool) -> Array:
@@ -151,7 +141,7 @@ class Darts(nn.Module):
             reduce = i in reductions(self.length)
             width *= 2 if reduce else 1
             kind = int(reduce)
-            block = Cell(width, self.nodes, self.plan[kind], reduce, after_reduction, name=f"cell_{i}")
+            block = Cell(width, self.nodes, self.plan[kind], reduce, after_reduction, self.how, name=f"cell_{i}")
             s0, s1, after_reduction = s1, block(s0, s1, mix[kind], train), reduce
         features = jnp.mean(s1.astype(jnp.promote_types(s1.dtype, jnp.float32)), (1, 2))  # [F, N]
         kernel = self.param("head_kernel", declared, (self.classes, features.shape[0]))
@@ -191,12 +181,16 @@ def darts(
     nodes: int = 4,
     plan: Plan | None = None,
     dtype=jnp.float32,
+    remat: bool = True,
+    batched: bool = False,
 ) -> Supernet:
     """The search network (C = width, L = length) for images of `shape` (H, W, channels).
 
     `plan` says which operations exist; all where it is None.
 
-    Weights, moments, logits and the mix are float32; `dtype` is what the layers compute in.
+    Weights, moments, logits and the mix are float32; `dtype` is what the layers compute in. `remat` computes
+    every edge a second time in the backward pass instead of keeping what it needs; `batched` takes all edges
+    that leave a source at once. They change time and memory alone (results/formulations.md).
     ValueError where the image cannot be halved as often as there are reduction cells.
     """
     halvings = len(reductions(length))
@@ -206,7 +200,7 @@ def darts(
             f"multiples of {2**halvings}; they are {shape[0]} x {shape[1]}"
         )
     plan = full_plan(nodes) if plan is None else plan
-    net = Darts(classes, width, length, nodes, plan)
+    net = Darts(classes, width, length, nodes, plan, How(remat, batched))
     mix_shape = (2, len(edge_ends(nodes)), len(OPS))
 
     def init(key):
@@ -241,48 +235,3 @@ def darts_space(*, nodes: int = 4, length: int = 8, **network) -> SearchSpace:
         return carry_over(tree, length, nodes, as_plan(old), as_plan(new))
 
     return SearchSpace(nodes, make, cut)
-
-
-def multiply_adds(shape, classes: int, width: int, length: int, nodes: int, plan: Plan) -> int:
-    """Multiply-adds of convolutions and head for one image; batch norm, pooling and sums are not counted."""
-    ends = edge_ends(nodes)
-    area = shape[0] * shape[1]
-    stem = STEM_MULTIPLIER * width
-    total = 9 * shape[2] * stem * area
-    before_last = last = stem
-    for i in range(length):
-        reduce = i in reductions(length)
-        width *= 2 if reduce else 1
-        # The older input still has the size from before the last reduction; its 1x1 runs at half of it.
-        total += (before_last + last) * width * area
-        area //= 4 if reduce else 1
-        for (start, _), ops in zip(ends, plan[int(reduce)], strict=True):
-            stride = 2 if reduce and start < 2 else 1
-            for k in ops:
-                shapes = cells.op_shapes(OPS[k], width, stride)
-                total += area * sum(int(np.prod(s)) for s in shapes.values())
-        before_last, last = last, nodes * width
-    return total + last * classes
-
-
-def carry_over(tree: Tree, length: int, nodes: int, old: Plan, new: Plan) -> Tree:
-    """Weights or moments of the network with plan `old`, cut to plan `new` (which it contains).
-
-    Works on any tree laid out like `params` or `stats`, so on optimizer states of either too.
-    """
-    pruned = dict(tree)
-    for i in range(length):
-        reduce = i in reductions(length)
-        kind = int(reduce)
-        block = dict(tree[f"cell_{i}"])
-        for k, op in enumerate(OPS):
-            if op not in block:
-                continue
-            had, _ = cells.stack(old[kind], k, nodes, reduce)
-            has, _ = cells.stack(new[kind], k, nodes, reduce)
-            rows = np.array([had.index(e) for e in has], int)
-            block[op] = jax.tree.map(lambda x, rows=rows: x[rows], block[op])
-            if not has:
-                del block[op]
-        pruned[f"cell_{i}"] = block
-    return pruned

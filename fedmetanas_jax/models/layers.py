@@ -3,13 +3,14 @@
 Inside a network an image batch is laid out [C, H, W, N], batch last: the inner loop of every layer then
 runs over N and (W, N) without gaps, which suits a CPU's vector units.
 
-Three choices need a word:
+Four choices need a word:
 * A depthwise convolution is k*k shifted multiply-adds. Under `vmap` over clients XLA turns grouped
   convolutions with per-client kernels, and above all their weight gradients, into dense ones; shifts stay
   what they are.
 * Shifts, pooling and batch norm have hand-written gradients. Automatic ones turn every shifted read into a
   shifted write, and keep far more for the backward pass.
 * `optimization_barrier` stops XLA from recomputing a cheap producer (ReLU, padding) once for each tap.
+* `settled` stops XLA:CPU from merging a loop over taps with the reshape that a pointwise layer reads through.
 """
 
 from functools import partial
@@ -232,42 +233,57 @@ def _avg_pool_backward(stride, x, g):
 avg_pool.defvjp(_avg_pool_forward, _avg_pool_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
 def batch_norm(x: Array, epsilon: float = BN_EPSILON) -> tuple[Array, Array, Array]:
     """Normalises by the batch's own moments, no scale and shift (training mode).
 
     x [C, H, W, N] -> (y [C, H, W, N], mean [C], variance [C]), moments in float32. The variance handed
     out for the running average is the unbiased one, as in PyTorch. No gradient flows through the moments.
     """
-    return _batch_norm_forward(x, epsilon)[0]
+    return weighted_norm(x, jnp.ones((), _wide(x).dtype), epsilon)
 
 
-def _batch_norm_forward(x, epsilon):
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def weighted_norm(x: Array, weight: Array, epsilon: float = BN_EPSILON) -> tuple[Array, Array, Array]:
+    """`batch_norm` with y times `weight` []: the last step of a candidate operation.
+
+    Its own gradient, because the weight's and the norm's need the same sum of g y over each channel, and
+    the mean of g, the same for all operations that end in one node, is then taken once.
+    """
+    return _weighted_norm_forward(x, weight, epsilon)[0]
+
+
+def _weighted_norm_forward(x, weight, epsilon):
     count = x[0].size
-    wide = _wide(x)
-    mean = jnp.mean(wide, (1, 2, 3))
-    centred = wide - mean[:, None, None, None]
-    variance = jnp.mean(jnp.square(centred), (1, 2, 3))
+    # Mean and variance in one pass. Away from zero the mean of squares drowns the variance, so that the
+    # first value of each channel is taken off before.
+    shift = _wide(x[:, :1, :1, :1])
+    shifted = _wide(x) - shift
+    offset, square = jnp.mean(shifted, (1, 2, 3)), jnp.mean(jnp.square(shifted), (1, 2, 3))
+    variance = jnp.maximum(square - jnp.square(offset), 0)
     scale = lax.rsqrt(variance + epsilon)
-    y = (centred * scale[:, None, None, None]).astype(x.dtype)
-    return (y, mean, variance * (count / max(count - 1, 1))), (y, scale)
+    y = ((shifted - _spatial(offset)) * _spatial(scale)).astype(x.dtype)
+    moments = shift[:, 0, 0, 0] + offset, variance * (count / max(count - 1, 1))
+    return (weight.astype(x.dtype) * y, *moments), (y, scale, weight)
 
 
-def _batch_norm_backward(epsilon, saved, cotangents):
-    y, scale = saved
-    g = _wide(cotangents[0])
-    wide = _wide(y)
-    mean_g = jnp.mean(g, (1, 2, 3))[:, None, None, None]
-    mean_gy = jnp.mean(g * wide, (1, 2, 3))[:, None, None, None]
-    return (((g - mean_g - wide * mean_gy) * scale[:, None, None, None]).astype(y.dtype),)
+def _weighted_norm_backward(epsilon, saved, cotangents):
+    y, scale, weight = saved
+    g, wide = _wide(cotangents[0]), _wide(y)
+    mean_g = jnp.mean(g, (1, 2, 3))
+    sum_gy = jnp.sum(g * wide, (1, 2, 3))
+    dx = (g - _spatial(mean_g) - wide * _spatial(sum_gy / g[0].size)) * _spatial(scale * weight)
+    return dx.astype(y.dtype), jnp.sum(sum_gy).astype(weight.dtype)
 
 
-batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
+weighted_norm.defvjp(_weighted_norm_forward, _weighted_norm_backward)
+
+
+def _spatial(values: Array) -> Array:
+    """[C] -> [C, 1, 1, 1]."""
+    return values[:, None, None, None]
 
 
 def frozen_norm(x: Array, mean: Array, variance: Array, epsilon: float = BN_EPSILON) -> Array:
     """Batch norm with given moments [C] (evaluation mode)."""
     scale = lax.rsqrt(variance + epsilon)
-    shift = -mean * scale
-    y = _wide(x) * scale[:, None, None, None] + shift[:, None, None, None]
-    return y.astype(x.dtype)
+    return (_wide(x) * _spatial(scale) + _spatial(-mean * scale)).astype(x.dtype)
