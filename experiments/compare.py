@@ -3,7 +3,8 @@
     python experiments/compare.py --config=digits_dir01 --methods=fedavg,fedrep --seeds=1,2,3 --out=results/mine
 
 Every method is first run with each of --rates on --tune_seed; the rate whose clients fare best with the
-network the method gives them (mean local accuracy) is then run on --seeds. A method whose round costs more
+network the method gives them (mean local accuracy) is then run on --seeds. (A single rate is taken as it is.)
+A method whose round costs more
 image-gradients than FedAvg's gets fewer rounds, so that all methods compute the same number in total (methods
 section 12.3). Each run has a workdir of its own below --workdir: what is finished is not run again, and what
 was interrupted goes on. Leaves OUT.json (every run's figures) and OUT.md (the table).
@@ -71,8 +72,8 @@ def compare(rest: list[str], command: str) -> None:
     table = []
     for method in methods:
         rounds = max(1, round(configs[method].rounds * per_round["fedavg"] / per_round[method]))
-        tuned = {rate: one_run(rest, method, rate, tune_seed, rounds) for rate in rates}
-        best = max(rates, key=lambda rate: tuned[rate]["local_accuracy_adapted"]["mean"])
+        tuned = {rate: one_run(rest, method, rate, tune_seed, rounds) for rate in rates if len(rates) > 1}
+        best = max(tuned or rates, key=lambda rate: tuned[rate]["local_accuracy_adapted"]["mean"] if tuned else rate)
         runs = {seed: one_run(rest, method, best, seed, rounds) for seed in seeds}
         chosen = {rate: run["local_accuracy_adapted"]["mean"] for rate, run in tuned.items()}
         table.append({"method": method, "lr": best, "rounds": rounds, "tuning": chosen, "runs": runs})
