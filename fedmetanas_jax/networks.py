@@ -14,6 +14,9 @@ from fedmetanas_jax.models.mobilenetv3 import mobilenetv3
 from fedmetanas_jax.nas import genotype as genotypes
 from fedmetanas_jax.options import UsageError
 
+# How a supernet's gradient is computed, by the name config.supernet has for it (results/formulations.md).
+WAYS = {"remat": {}, "stored": {"remat": False}, "batched": {"batched": True}}
+
 
 class Network(NamedTuple):
     """A network to hand to a method's factory, and what its file must say to make it again."""
@@ -38,7 +41,7 @@ def make_network(config: Config, dataset: sources.Dataset, factory: Callable, dt
     darts = common | {"width": config.width, "length": config.cells}
     if searches(factory):
         arguments = darts | {"nodes": config.nodes}
-        return Network(darts_space(**arguments, dtype=dtype), "darts", arguments)
+        return Network(darts_space(**arguments, **WAYS[config.supernet], dtype=dtype), "darts", arguments)
     if config.network in MOBILENETS:
         arguments = common | {"stem": config.stem, "variant": MOBILENETS[config.network]}
         return Network(mobilenetv3(**arguments, dtype=dtype), "mobilenetv3", arguments)

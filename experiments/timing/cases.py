@@ -22,12 +22,13 @@ class Variant(NamedTuple):
     at_once: int = 1  # ours: clients computed together; torch has one after another
     channels_last: bool = False
     compiled: bool = False  # torch.compile
+    way: str = "remat"  # ours: how the gradient is computed, one of fedmetanas_jax.networks.WAYS
 
     @property
     def label(self) -> str:
         """As the table has it: "torch compiled, channels_last"."""
         if self.side == "ours":
-            return f"ours, at_once={self.at_once}"
+            return f"ours, at_once={self.at_once}" + ("" if self.way == "remat" else f", {self.way}")
         return f"torch {'compiled' if self.compiled else 'eager'}, {'channels_last' if self.channels_last else 'NCHW'}"
 
 
@@ -97,10 +98,10 @@ EAGER = (Variant("torch", channels_last=True), Variant("torch"))
 
 def quick() -> list[Case]:
     """For two CPU cores: a gradient step of the paper's supernet, and a whole round of the task cifar10_small."""
-    small = {"width": 8, "cells": 3, "nodes": 2, "repeats": 2}
+    small = {"width": 12, "cells": 3, "nodes": 2, "batch": 16, "repeats": 2}
     return [
         Case("supernet step", 1, 1, 2 * FULL_ROUND, (Variant("ours"), *EAGER), M=0, repeats=2),
-        Case("round of cifar10_small", 4, 9, 9, (Variant("ours"), EAGER[0]), **small),
+        Case("round of cifar10_small", 6, 18, 18, (Variant("ours"), EAGER[0]), **small),
     ]
 
 
@@ -113,13 +114,16 @@ def gpu() -> list[Case]:
             for clients in (5, 1, 20, 100):
                 ours = tuple(Variant("ours", at_once) for at_once in dict.fromkeys((clients, 1)))
                 few = clients <= 5
+                if clients == 5 and plan == "full":
+                    ours += tuple(Variant("ours", clients, way=way) for way in ("batched", "stored"))
                 tasks = 9 if few else 1  # an epoch of a few clients, a task of many
                 torch = (*EAGER, compiled) if clients == 5 else EAGER[:1]
                 name = f"{plan} {dtype} K={clients}"
                 how = {"dtype": dtype, "plan": plan, "repeats": 5 if few else 3}
                 cases.append(Case(name, clients, tasks, FULL_ROUND, ours + torch, **how))
     order = {5: 0, 1: 1, 20: 2, 100: 3}
-    whole = Case("whole round", 5, FULL_ROUND, FULL_ROUND, (Variant("ours", 5), EAGER[0]), dtype="bfloat16", repeats=2)
+    sides = (Variant("ours", 5), Variant("ours", 5, way="batched"), EAGER[0])
+    whole = Case("whole round", 5, FULL_ROUND, FULL_ROUND, sides, dtype="bfloat16", repeats=2)
     return [whole, *sorted(cases, key=lambda case: order[case.clients])]
 
 

@@ -14,6 +14,7 @@ from fedmetanas_jax import tree
 from fedmetanas_jax.algorithms.fedmetanas import fedmetanas
 from fedmetanas_jax.core import Examples, Mask, Setting
 from fedmetanas_jax.models.darts import darts_space
+from fedmetanas_jax.networks import WAYS
 from timing import hlo, memory
 from timing.cases import ROUND, ROUNDS, Case, Variant, images, plan_and_mask
 
@@ -73,6 +74,7 @@ def make_round(case: Case, variant: Variant, seed: int):
     one = (0.5,) * case.image[2]
     dtype = jnp.dtype(case.dtype).type
     size = {"width": case.width, "length": case.cells, "nodes": case.nodes}
+    size |= WAYS[variant.way]
     space = darts_space(shape=case.image, classes=case.classes, mean=one, std=one, dtype=dtype, **size)
     setting = Setting(rounds=ROUNDS, epochs=1, batch=case.batch, augment=lambda key, image: image)
     algorithm = fedmetanas(space, setting, M=case.M)[0].make(plan)
