@@ -19,6 +19,7 @@ from fedmetanas_jax.engine.mesh import ALL, OWN, STATE, on_mesh
 from fedmetanas_jax.engine.round import apart, cohort, map_some, stream_key, train_examples
 
 BN_EVAL = ("running", "batch", "recalibrated")
+CALIBRATION = 2000  # images that statistics are recalibrated with (D-10)
 
 
 class Correct(NamedTuple):
@@ -86,7 +87,7 @@ def make_evaluate(algorithm: Algorithm, *, batch: int, bn_eval: str) -> Callable
 
 @partial(jax.jit, static_argnums=(3, 4))
 def calibration_rows(
-    data: FederatedData, seed: Array | int, round: Array, cohort_size: int, count: int = 2000
+    data: FederatedData, seed: Array | int, round: Array, cohort_size: int, count: int = CALIBRATION
 ) -> Array:
     """[count] int32: rows of the pool drawn from all training rows of that round's cohort together.
 
