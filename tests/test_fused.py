@@ -22,7 +22,7 @@ CHANNELS, OUTPUTS = 5, 6
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """32 positions a program and three programs for weight gradients, instead of 256 and 128."""
+    """32 positions a program and three programs for weight gradients, instead of 128 or fewer and 32."""
     monkeypatch.setattr(fused, "TILE", 16 * 32)
     monkeypatch.setattr(fused, "PROGRAMS", 3)
 
@@ -88,7 +88,7 @@ def test_images_smaller_than_the_window_and_ones_that_fill_their_tiles(size, sha
 
 def test_tiles_of_the_size_a_gpu_would_get(monkeypatch):
     monkeypatch.undo()
-    arguments = example((9, 9, 5), channels=16, outputs=16)  # 405 positions, 256 a program
+    arguments = example((9, 9, 5), channels=16, outputs=16)  # 405 positions, 128 a program
     got, want = (with_gradients(form, 1, 1)(*arguments) for form in (kernels, plain))
     assert_close(got, want, 2e-6)
 

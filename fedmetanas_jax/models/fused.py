@@ -25,8 +25,9 @@ from jax.experimental.pallas import triton
 
 from fedmetanas_jax.core import Array
 
-TILE = 4096  # values a program holds of one array: 32 for each thread of four warps
-PROGRAMS = 128  # at most, that keep partial weight gradients; about one for each multiprocessor of a large GPU
+# Both are guesses until a GPU has measured them.
+TILE = 2048  # values a program holds of one array: 16 for each thread of four warps
+PROGRAMS = 32  # at most, that sum up weight gradients of one client: each writes k*k C + O C numbers of its own
 
 
 class Window(NamedTuple):
