@@ -94,6 +94,7 @@ def network_steps(flags) -> dict:
         return run
 
     ways = {"remat": {}, "stored": {"remat": False}, "batched": {"batched": True}}
+    ways |= {"pallas": {"kernel": "pallas"}, "batched-pallas": {"batched": True, "kernel": "pallas"}}
     found = {}
     if flags.before:
         found["before"] = training(load(flags.before).darts(**task, **size))
@@ -155,6 +156,23 @@ def layer_pairs(flags):
             },
             (x, matrix, jnp.float32(0.3)),
         )
+        if flags.kernel:
+            yield f"ReLU, depthwise 5x5, pointwise, batch norm, {title}", blocks(flags.kernel), (x, kernel, matrix)
+
+
+def blocks(kernel: str) -> dict:
+    """A block by the layers and by the Pallas kernels: function of (x, depthwise, pointwise)."""
+    from fedmetanas_jax.models import fused, layers
+
+    def by_layers(x, depthwise, pointwise):
+        y = layers.settled(layers.depthwise(jax.nn.relu(x), depthwise))
+        return layers.batch_norm(layers.pointwise(y, pointwise))[0]
+
+    def by_kernels(x, depthwise, pointwise):
+        y, sums, squares = fused.relu_depthwise_pointwise(x, depthwise, pointwise, interpret=kernel == "interpret")
+        return layers.batch_norm(y, known=(sums / y[0].size, squares / y[0].size))[0]
+
+    return {"by layers": by_layers, "by Pallas kernels": by_kernels}
 
 
 def repeated(layer, steps: int):
@@ -176,7 +194,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("step", "layers"))
     parser.add_argument("--before", help="a checkout of the project to compare with")
-    parser.add_argument("--ways", default="remat,stored,batched", help="of the network: remat, stored, batched")
+    names = "of the network: remat, stored, batched and, on a GPU, pallas, batched-pallas"
+    parser.add_argument("--ways", default="remat,stored,batched", help=names)
+    parser.add_argument("--kernel", choices=("pallas", "interpret"), help="layers: also a block by the Pallas kernels")
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--cells", type=int, default=8)
     parser.add_argument("--nodes", type=int, default=4)

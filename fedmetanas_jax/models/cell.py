@@ -28,6 +28,7 @@ class How(NamedTuple):
 
     remat: bool = True  # compute edges again in the backward pass instead of keeping what it needs
     batched: bool = False  # all edges that leave a source at once instead of one after another
+    kernel: str = "plain"  # one of operations.KERNELS
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -53,7 +54,9 @@ def _steps(stage: Stage, train: bool, how: How):
 
     def own(relu_x, weights, mix, stats, alive):
         def run(relu_x, weights, mix):
-            return operations.weighted(stage.own, stage.stride, relu_x, weights, None if train else stats, mix, alive)
+            return operations.weighted(
+                stage.own, stage.stride, relu_x, weights, None if train else stats, mix, alive, how.kernel
+            )
 
         return operations.where_alive(stage.full, jnp.any(alive), run, relu_x, weights, mix)
 

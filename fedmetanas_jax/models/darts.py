@@ -5,6 +5,8 @@ weight is an argument (`mix`), so the network knows nothing of softmax, Gumbel n
 statically which operations exist at all: pruning enters a smaller program here.
 """
 
+from typing import Literal
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -183,6 +185,7 @@ def darts(
     dtype=jnp.float32,
     remat: bool = True,
     batched: bool = False,
+    kernel: Literal["plain", "pallas", "interpret"] = "plain",
 ) -> Supernet:
     """The search network (C = width, L = length) for images of `shape` (H, W, channels).
 
@@ -190,8 +193,12 @@ def darts(
 
     Weights, moments, logits and the mix are float32; `dtype` is what the layers compute in. `remat` computes
     every edge a second time in the backward pass instead of keeping what it needs; `batched` takes all edges
-    that leave a source at once. They change time and memory alone (results/formulations.md).
-    ValueError where the image cannot be halved as often as there are reduction cells.
+    that leave a source at once. They change time and memory alone (results/formulations.md). So does `kernel`:
+    "pallas" computes depthwise and pointwise layers by the GPU kernels of `fused`, which have NEVER RUN on a GPU
+    and have no second derivative; "interpret" interprets them anywhere, slowly, for tests.
+
+    ValueError where the image cannot be halved as often as there are reduction cells and for an unknown `kernel`;
+    where the network is compiled for a CPU with "pallas".
     """
     halvings = len(reductions(length))
     if shape[0] % 2**halvings or shape[1] % 2**halvings:
@@ -199,8 +206,10 @@ def darts(
             f"the DARTS network halves its images {halvings} times with {length} cells, so height and width must be "
             f"multiples of {2**halvings}; they are {shape[0]} x {shape[1]}"
         )
+    if kernel not in operations.KERNELS:
+        raise ValueError(f"there is no kernel {kernel!r}; choose among {', '.join(operations.KERNELS)}")
     plan = full_plan(nodes) if plan is None else plan
-    net = Darts(classes, width, length, nodes, plan, How(remat, batched))
+    net = Darts(classes, width, length, nodes, plan, How(remat, batched, kernel))
     mix_shape = (2, len(edge_ends(nodes)), len(OPS))
 
     def init(key):

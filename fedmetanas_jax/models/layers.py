@@ -233,33 +233,37 @@ def _avg_pool_backward(stride, x, g):
 avg_pool.defvjp(_avg_pool_forward, _avg_pool_backward)
 
 
-def batch_norm(x: Array, epsilon: float = BN_EPSILON) -> tuple[Array, Array, Array]:
+def batch_norm(x: Array, epsilon: float = BN_EPSILON, known=None) -> tuple[Array, Array, Array]:
     """Normalises by the batch's own moments, no scale and shift (training mode).
 
     x [C, H, W, N] -> (y [C, H, W, N], mean [C], variance [C]), moments in float32. The variance handed
     out for the running average is the unbiased one, as in PyTorch. No gradient flows through the moments.
+    `known`: (mean, biased variance) [C] of x in float32, where something before has found them.
     """
-    return weighted_norm(x, jnp.ones((), _wide(x).dtype), epsilon)
+    return weighted_norm(x, jnp.ones((), _wide(x).dtype), epsilon, known)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def weighted_norm(x: Array, weight: Array, epsilon: float = BN_EPSILON) -> tuple[Array, Array, Array]:
+def weighted_norm(x: Array, weight: Array, epsilon: float = BN_EPSILON, known=None) -> tuple[Array, Array, Array]:
     """`batch_norm` with y times `weight` []: the last step of a candidate operation.
 
     Its own gradient, because the weight's and the norm's need the same sum of g y over each channel, and
     the mean of g, the same for all operations that end in one node, is then taken once.
     """
-    return _weighted_norm_forward(x, weight, epsilon)[0]
+    return _weighted_norm_forward(x, weight, epsilon, known)[0]
 
 
-def _weighted_norm_forward(x, weight, epsilon):
+def _weighted_norm_forward(x, weight, epsilon, known):
     count = x[0].size
     # Mean and variance in one pass. Away from zero the mean of squares drowns the variance, so that the
     # first value of each channel is taken off before.
-    shift = _wide(x[:, :1, :1, :1])
+    shift = _wide(x[:, :1, :1, :1]) if known is None else _spatial(known[0])
     shifted = _wide(x) - shift
-    offset, square = jnp.mean(shifted, (1, 2, 3)), jnp.mean(jnp.square(shifted), (1, 2, 3))
-    variance = jnp.maximum(square - jnp.square(offset), 0)
+    if known is None:
+        offset, square = jnp.mean(shifted, (1, 2, 3)), jnp.mean(jnp.square(shifted), (1, 2, 3))
+        variance = jnp.maximum(square - jnp.square(offset), 0)
+    else:
+        offset, variance = jnp.zeros_like(known[0]), known[1]
     scale = lax.rsqrt(variance + epsilon)
     y = ((shifted - _spatial(offset)) * _spatial(scale)).astype(x.dtype)
     moments = shift[:, 0, 0, 0] + offset, variance * (count / max(count - 1, 1))
@@ -272,7 +276,7 @@ def _weighted_norm_backward(epsilon, saved, cotangents):
     mean_g = jnp.mean(g, (1, 2, 3))
     sum_gy = jnp.sum(g * wide, (1, 2, 3))
     dx = (g - _spatial(mean_g) - wide * _spatial(sum_gy / g[0].size)) * _spatial(scale * weight)
-    return dx.astype(y.dtype), jnp.sum(sum_gy).astype(weight.dtype)
+    return dx.astype(y.dtype), jnp.sum(sum_gy).astype(weight.dtype), None  # dx has what passes through the moments
 
 
 weighted_norm.defvjp(_weighted_norm_forward, _weighted_norm_backward)

@@ -20,6 +20,8 @@ KERNEL = {"sep_conv_3x3": 3, "sep_conv_5x5": 5, "dil_conv_3x3": 3, "dil_conv_5x5
 
 POOLS = {"max_pool_3x3": layers.max_pool, "avg_pool_3x3": layers.avg_pool}
 
+KERNELS = ("plain", "pallas", "interpret")  # what computes a depthwise with its pointwise layer: see `_separable`
+
 Keep = tuple[tuple[int, ...], ...]  # of one cell type: the operations alive on each edge
 
 
@@ -124,18 +126,21 @@ def weightless(ops: tuple[Op, ...], stride: int, x: Array, given: Tree | None, m
     return total, moments
 
 
-def weighted(ops: tuple[Op, ...], stride: int, relu_x: Array, weights: Tree, given: Tree | None, mix: Array, alive):
+def weighted(
+    ops: tuple[Op, ...], stride: int, relu_x: Array, weights: Tree, given: Tree | None, mix: Array, alive, kernel: str
+):
     """What an edge adds to the node it ends in by operations with weights.
 
     relu_x [C, H, W, N] (the source after its ReLU), mix [ops], alive [ops] bool, weights and `given` moments
-    {op: {name: ...}}; None: the batch's own. Returns (y [C, H/stride, W/stride, N], {op: {name: moments}}).
+    {op: {name: ...}}; None: the batch's own; kernel one of `KERNELS`. Returns (y [C, H/stride, W/stride, N],
+    {op: {name: moments}}).
     """
     total, moments = None, {}
     for op in ops:
         name = OPS[op.number]
 
         def run(relu_x, weights, given, weight, name=name):
-            return _convolutions(name, stride, relu_x, weights, given, weight)
+            return _convolutions(name, stride, relu_x, weights, given, weight, kernel)
 
         given_here = None if given is None else given[name]
         y, moments[name] = where_alive(
@@ -145,24 +150,44 @@ def weighted(ops: tuple[Op, ...], stride: int, relu_x: Array, weights: Tree, giv
     return total, moments
 
 
-def _convolutions(name: str, stride: int, relu_x: Array, weights: dict, given: dict | None, weight: Array):
+def _separable(kernel: str, relu_x: Array, depthwise: Array, pointwise: Array, stride: int, dilation: int):
+    """(depthwise, then pointwise layer of relu_x, its (mean, variance) if they were found on the way, else None).
+
+    The Pallas kernels take the ReLU once more, which changes nothing.
+    """
+    if kernel == "plain":
+        y = layers.depthwise(relu_x, depthwise, stride, dilation)
+        return layers.pointwise(layers.settled(y), pointwise), None
+    from fedmetanas_jax.models import fused  # here, so that nobody else waits for Pallas to be imported
+
+    y, sums, squares = fused.relu_depthwise_pointwise(
+        relu_x, depthwise, pointwise, stride, dilation, interpret=kernel == "interpret"
+    )
+    return y, (sums / y[0].size, squares / y[0].size)
+
+
+def _convolutions(
+    name: str, stride: int, relu_x: Array, weights: dict, given: dict | None, weight: Array, kernel: str
+):
     """weight * o(x) and the moments found, of one operation with weights."""
     found = {}
 
-    def norm(norm_name: str, x: Array, weight: Array | None = None) -> Array:
+    def norm(norm_name: str, x: Array, known: tuple | None, weight: Array | None = None) -> Array:
         if given is not None:
             y = layers.frozen_norm(x, *given[norm_name])
             return y if weight is None else weight.astype(y.dtype) * y
-        y, *moments = layers.batch_norm(x) if weight is None else layers.weighted_norm(x, weight)
+        y, *moments = (
+            layers.batch_norm(x, known=known) if weight is None else layers.weighted_norm(x, weight, known=known)
+        )
         found[norm_name] = tuple(moments)
         return y
 
     if name == "skip_connect":
-        return norm("norm", factorized_reduce(relu_x, weights["even"], weights["odd"]), weight), found
-    y = layers.depthwise(relu_x, weights["depthwise"], stride, 2 if name.startswith("dil") else 1)
-    y = layers.pointwise(layers.settled(y), weights["pointwise"])
+        return norm("norm", factorized_reduce(relu_x, weights["even"], weights["odd"]), None, weight), found
+    dilation = 2 if name.startswith("dil") else 1
+    y, known = _separable(kernel, relu_x, weights["depthwise"], weights["pointwise"], stride, dilation)
     if name.startswith("dil"):
-        return norm("norm", y, weight), found
-    y = layers.depthwise(jax.nn.relu(norm("norm", y)), weights["depthwise_2"], 1, 1)
-    y = layers.pointwise(layers.settled(y), weights["pointwise_2"])
-    return norm("norm_2", y, weight), found
+        return norm("norm", y, known, weight), found
+    relu_y = jax.nn.relu(norm("norm", y, known))
+    y, known = _separable(kernel, relu_y, weights["depthwise_2"], weights["pointwise_2"], 1, 1)
+    return norm("norm_2", y, known, weight), found
