@@ -55,10 +55,11 @@ class Config:
         "the genotype.json a search left, for that architecture at this width and number of cells",
     )
     stem: Literal[1, 2] = _field(1, "stride of the MobileNetV3's first convolution (D-26)")
-    supernet: Literal["remat", "stored", "batched"] = _field(
+    supernet: Literal["remat", "stored", "batched", "pallas"] = _field(
         "remat",
         "its gradient: remat computes edges again, stored keeps what they need (13 times the memory), batched takes "
-        "all edges of a source at once (10 times the memory, fewer and larger kernels)",
+        "all edges of a source at once (10 times the memory, fewer and larger kernels), pallas is batched with "
+        "convolutions as GPU kernels of our own",
     )
     bn_eval: Literal["running", "batch", "recalibrated"] = _field(
         "running", "batch-norm statistics used to evaluate (D-10)"

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+
 from fedmetanas_jax.config import MOBILENETS, Config
 from fedmetanas_jax.core import Model, SearchSpace
 from fedmetanas_jax.data import sources
@@ -15,7 +17,12 @@ from fedmetanas_jax.nas import genotype as genotypes
 from fedmetanas_jax.options import UsageError
 
 # How a supernet's gradient is computed, by the name config.supernet has for it (results/formulations.md).
-WAYS = {"remat": {}, "stored": {"remat": False}, "batched": {"batched": True}}
+WAYS = {
+    "remat": {},
+    "stored": {"remat": False},
+    "batched": {"batched": True},
+    "pallas": {"batched": True, "kernel": "pallas"},
+}
 
 
 class Network(NamedTuple):
@@ -38,6 +45,8 @@ def make_network(config: Config, dataset: sources.Dataset, factory: Callable, dt
     mean, std = sources.mean_std(config.dataset, dataset)
     shape, classes = dataset.train_images.shape[1:], len(dataset.label_names)
     common = {"shape": shape, "classes": classes, "mean": mean, "std": std}
+    if config.supernet == "pallas" and jax.default_backend() != "gpu":
+        raise UsageError(f"config.supernet=pallas needs a GPU; this is a {jax.default_backend()}")
     darts = common | {"width": config.width, "length": config.cells}
     if searches(factory):
         arguments = darts | {"nodes": config.nodes}

@@ -104,3 +104,9 @@ def test_a_method_says_how_many_images_its_clients_need(tmp_path):
     config = dataclasses.replace(TINY, method="perfedavg", network="mobilenetv3_tiny", train_size=30, batch=16)
     with pytest.raises(UsageError, match="30 training images, but a task of perfedavg takes 2 batches, 32 images"):
         build.run(config, task="t", workdir=tmp_path / "run", data_dir=tmp_path)
+
+
+def test_pallas_needs_a_gpu(tmp_path):
+    config = dataclasses.replace(TINY, method="fedmetanas", supernet="pallas", nodes=1)
+    with pytest.raises(UsageError, match="config.supernet=pallas needs a GPU; this is a cpu"):
+        build.run(config, task="t", workdir=tmp_path / "run", data_dir=tmp_path)

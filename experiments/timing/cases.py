@@ -115,7 +115,7 @@ def gpu() -> list[Case]:
                 ours = tuple(Variant("ours", at_once) for at_once in dict.fromkeys((clients, 1)))
                 few = clients <= 5
                 if clients == 5 and plan == "full":
-                    ours += tuple(Variant("ours", clients, way=way) for way in ("batched", "stored"))
+                    ours += tuple(Variant("ours", clients, way=way) for way in ("batched", "pallas", "stored"))
                 tasks = 9 if few else 1  # an epoch of a few clients, a task of many
                 torch = (*EAGER, compiled) if clients == 5 else EAGER[:1]
                 name = f"{plan} {dtype} K={clients}"
