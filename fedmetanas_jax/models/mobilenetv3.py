@@ -16,7 +16,6 @@ from fedmetanas_jax.core import Array, Model
 from fedmetanas_jax.models import layers
 
 BN_EPSILON = 1e-3
-BN_MOMENTUM = 0.01
 zeros = nn.initializers.zeros  # the modules only declare shapes; `initial` fills them
 ACTIVATIONS = {"RE": jax.nn.relu, "HS": jax.nn.hard_swish, "": lambda x: x}
 
@@ -39,6 +38,7 @@ class Variant(NamedTuple):
     rows: tuple[Row, ...]
     last: int  # channels of the last 1x1 convolution
     hidden: int  # width of the first linear layer
+    momentum: float = 0.01  # of the running statistics
 
 
 VARIANTS = {
@@ -73,6 +73,9 @@ VARIANTS = {
         ),
         last=48,
         hidden=64,
+        # PyTorch's default. Runs this small take a few hundred steps, and statistics that average over a hundred
+        # would lag behind the weights, most of all those of a model that only its own client trains.
+        momentum=0.1,
     ),
 }
 
@@ -259,7 +262,7 @@ def mobilenetv3(
         return logits, found["batch_stats"]
 
     macs = multiply_adds(shape, classes, stem, VARIANTS[variant])
-    return Model(init, apply, momentum=BN_MOMENTUM, macs=macs, head=("head",))
+    return Model(init, apply, momentum=VARIANTS[variant].momentum, macs=macs, head=("head",))
 
 
 def multiply_adds(shape, classes: int, stem: int, variant: Variant) -> int:
