@@ -3,11 +3,10 @@
     python experiments/compare.py --config=digits_dir01 --methods=fedavg,fedrep --seeds=1,2,3 --out=results/mine
 
 Every method is first run with each of --rates on --tune_seed; the rate whose clients fare best with the
-network the method gives them (mean local accuracy) is then run on --seeds. (A single rate is taken as it is.)
-A method whose round costs more
-image-gradients than FedAvg's gets fewer rounds, so that all methods compute the same number in total (methods
-section 12.3). Each run has a workdir of its own below --workdir: what is finished is not run again, and what
-was interrupted goes on. Leaves OUT.json (every run's figures) and OUT.md (the table).
+network the method gives them (mean local accuracy) is then run on --seeds. A single rate is taken as it is.
+A method whose round costs more image-gradients than FedAvg's gets fewer rounds, so that all methods compute the
+same number in total (methods section 12.3). Each run has a workdir of its own below --workdir: what is finished
+is not run again, and what was interrupted goes on. Leaves OUT.json (every run's figures) and OUT.md (the table).
 
 Flags of experiments/main.py (--config, --config.FIELD, --config.options.NAME, --data_dir) hold for all runs.
 Exit status as of main.py.
