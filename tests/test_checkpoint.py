@@ -75,6 +75,17 @@ def test_every_bit_comes_back(directory):
     assert_equal(state, make_state(3))
 
 
+def test_what_is_held_on_the_host_comes_back_to_it(directory):
+    like = template({"step": 3})
+    like = like._replace(params=jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like.params))
+    state = Checkpoints(directory).restore(3, like)
+    for x, y in zip(jax.tree.leaves(state.params), jax.tree.leaves(make_state(3).params), strict=True):
+        assert isinstance(x, np.ndarray)
+        np.testing.assert_array_equal(x, y)
+        x[:] = 0  # its own memory
+    assert isinstance(state.round, jax.Array)
+
+
 def test_large_states_are_stored_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "PIECE", 50)
     checkpoints = Checkpoints(tmp_path)
@@ -234,7 +245,7 @@ def test_a_kill_at_any_moment_leaves_a_good_checkpoint(tmp_path):
     # forkserver: importing jax and orbax is paid once, and no child inherits a running backend.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["jax", "optax", "orbax.checkpoint", "pytest"])
-    moments, last = random.Random(0), 0
+    moments, last, plain = random.Random(0), 0, plain_state(0)
     for _ in range(8):
         process = context.Process(target=save_for_ever, args=(tmp_path,))
         process.start()
@@ -246,7 +257,7 @@ def test_a_kill_at_any_moment_leaves_a_good_checkpoint(tmp_path):
         process.join()
 
         checkpoints = Checkpoints(tmp_path)
-        step, meta, state = checkpoints.restore_newest(lambda meta: plain_state(0), pytest.fail)
+        step, meta, state = checkpoints.restore_newest(lambda meta: jax.eval_shape(lambda: plain), pytest.fail)
         assert step == meta["step"] > last
         assert_equal(state, plain_state(step))
         checkpoints.close()
