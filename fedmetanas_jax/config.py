@@ -244,7 +244,7 @@ def digits_dir01() -> Config:
         clients=10,
         train_size=120,
         test_size=60,
-        rounds=60,
+        rounds=90,
         batch=16,
         augment=(),
         width=8,
@@ -254,7 +254,7 @@ def digits_dir01() -> Config:
         at_once=0,
         eval_every=5,
         bn_eval="recalibrated",
-        options=EARLY | {"prune_from": 0.1, "prune_until": 0.2, "prune_every": 6, "temperature_until": 0.2},
+        options=EARLY | {"prune_from": 0.07, "prune_until": 0.13, "prune_every": 6, "temperature_until": 0.13},
     )
 
 
