@@ -13,12 +13,13 @@ Exit status as of main.py.
 """
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
 import numpy as np
 from absl import flags
-from main import parse
+from main import exit_status, own_flags, parse
 
 from fedmetanas_jax.config import to_dict
 from fedmetanas_jax.options import UsageError, parse_value
@@ -37,31 +38,21 @@ for _name, _default, _text in (
 
 def main(argv: list[str]) -> int:
     """argv (argv[0] is the program) -> the exit status."""
-    from fedmetanas_jax import build
-
-    try:
-        rest = OWN(argv, known_only=True)[1:]
-        if OWN.out is None:
-            raise UsageError("--out=NAME is needed: where the table is written")
-        compare(rest, " ".join(["python", *argv]))
-    except build.FAILURES as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    except flags.Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return exit_status(lambda: compare(own_flags(OWN, argv), shlex.join(["python", *argv])))
 
 
 def compare(rest: list[str], command: str) -> None:
     """All runs, then the two files."""
     from fedmetanas_jax.engine.records import versions, write_json, write_text
 
+    if OWN.out is None:
+        raise UsageError("--out=NAME is needed: where the table is written")
     methods = parse_value(OWN.methods, tuple[str, ...])
     seeds, rates = parse_value(OWN.seeds, tuple[int, ...]), parse_value(OWN.rates, tuple[float, ...])
     tune_seed = parse_value(OWN.tune_seed, int)
+    for name, values in (("methods", methods), ("seeds", seeds), ("rates", rates)):
+        if not values:
+            raise UsageError(f"--{name} is empty; it must name at least one")
     if tune_seed in seeds:
         raise UsageError(f"--tune_seed={tune_seed} is one of --seeds; a rate is chosen on a seed that is not measured")
     # Every request is read before the first run, so that a mistyped name costs nothing.
@@ -75,8 +66,9 @@ def compare(rest: list[str], command: str) -> None:
         best = max(tuned or rates, key=lambda rate: tuned[rate]["local_accuracy_adapted"]["mean"] if tuned else rate)
         runs = {seed: one_run(rest, method, best, seed, rounds) for seed in seeds}
         chosen = {rate: run["local_accuracy_adapted"]["mean"] for rate, run in tuned.items()}
-        table.append({"method": method, "lr": best, "rounds": rounds, "tuning": chosen, "runs": runs})
-        figures = {"command": command, "versions": versions(), "config": to_dict(configs[method]), "methods": table}
+        row = {"method": method, "config": to_dict(configs[method]), "lr": best, "rounds": rounds}
+        table.append(row | {"tuning": chosen, "runs": runs})
+        figures = {"command": command, "versions": versions(), "methods": table}
         write_json(f"{OWN.out}.json", figures)
         write_text(f"{OWN.out}.md", markdown(figures))
     print(markdown(figures))

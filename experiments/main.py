@@ -121,6 +121,14 @@ def _unknown_flag(name: str, values: flags.FlagValues) -> str:
     return nearest("flag", name, [flag for flag in values if not flag.startswith("config.")])
 
 
+def own_flags(own: flags.FlagValues, argv: list[str]) -> list[str]:
+    """Reads another script's `own` flags -> what is left of argv, for `parse`. UsageError for one without a value."""
+    try:
+        return own(argv, known_only=True)[1:]
+    except flags.Error as error:
+        raise UsageError(str(error)) from None
+
+
 def _override(config: Config, values: flags.FlagValues) -> Config:
     changed = {}
     for name, field in FIELDS.items():
@@ -187,42 +195,49 @@ def _text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) or value is None else str(value)
 
 
-def run(asked: Parsed) -> int:
-    """The run itself -> the exit status."""
+def run(asked: Parsed) -> None:
+    """The run itself."""
     from fedmetanas_jax import build
 
+    print(f"{asked.task} with {asked.config.method} in {asked.workdir}", flush=True)
+    build.run(
+        asked.config,
+        task=asked.task,
+        workdir=asked.workdir,
+        data_dir=asked.data_dir,
+        stop_after=asked.stop_after,
+        command=asked.command,
+    )
+
+
+def exit_status(action: Callable[[], None]) -> int:
+    """Does it -> the exit status; what a user can cause is one line of text, and no traceback."""
     try:
-        build.run(
-            asked.config,
-            task=asked.task,
-            workdir=asked.workdir,
-            data_dir=asked.data_dir,
-            stop_after=asked.stop_after,
-            command=asked.command,
-        )
-    except build.FAILURES as error:
-        return _fail(error, 2 if isinstance(error, UsageError) else 1)
+        action()
+    except KeyboardInterrupt:  # the engine has saved, and said how to go on
+        return 130
+    except Exception as error:
+        if not isinstance(error, UsageError):
+            from fedmetanas_jax.build import FAILURES  # here, so that a mistyped name does not wait for jax
+
+            if not isinstance(error, FAILURES):
+                raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
     return 0
-
-
-def _fail(error: Exception, status: int) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return status
 
 
 def main(argv: list[str]) -> int:
-    """argv (argv[0] is the program) -> the exit status; nothing a user can cause ends in a traceback."""
-    try:
+    """argv (argv[0] is the program) -> the exit status."""
+
+    def answer() -> None:
         asked = parse(argv)
         if asked.show == "run":
-            print(f"{asked.task} with {asked.config.method} in {asked.workdir}", flush=True)
-            return run(asked)
-        print(help_text(asked.task, asked.config) if asked.show == "help" else list_text())
-    except UsageError as error:
-        return _fail(error, 2)
-    except KeyboardInterrupt:  # the engine has saved, and said how to go on
-        return 130
-    return 0
+            run(asked)
+        else:
+            print(help_text(asked.task, asked.config) if asked.show == "help" else list_text())
+
+    return exit_status(answer)
 
 
 if __name__ == "__main__":

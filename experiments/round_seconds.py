@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 from absl import flags
-from main import parse
+from main import exit_status, own_flags, parse
 
 from fedmetanas_jax.options import UsageError, parse_value
 
@@ -26,18 +26,10 @@ for _name, _default, _text in (
 
 def main(argv: list[str]) -> int:
     """argv (argv[0] is the program) -> the exit status."""
-    from fedmetanas_jax import build
-
-    try:
-        rest = OWN(argv, known_only=True)[1:]
-        measure(rest, parse_value(OWN.methods, tuple[str, ...]), parse_value(OWN.repeats, int))
-    except build.FAILURES as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    return 0
+    return exit_status(lambda: measure(own_flags(OWN, argv)))
 
 
-def measure(rest: list[str], methods: tuple[str, ...], repeats: int) -> None:
+def measure(rest: list[str]) -> None:
     """Compiles, times and prints."""
     import jax
     import jax.numpy as jnp
@@ -45,6 +37,9 @@ def measure(rest: list[str], methods: tuple[str, ...], repeats: int) -> None:
     from fedmetanas_jax import build
     from fedmetanas_jax.engine.round import init_state, make_round
 
+    methods, repeats = parse_value(OWN.methods, tuple[str, ...]), parse_value(OWN.repeats, int)
+    if not methods or repeats < 1:
+        raise UsageError(f"--methods={OWN.methods} --repeats={repeats}: at least one of each is needed")
     rounds = {}
     for method in methods:
         asked = parse(["", *rest, f"--config.method={method}"])

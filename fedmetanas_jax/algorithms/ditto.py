@@ -49,7 +49,7 @@ def ditto(
     if personal_epochs < 0:
         raise ValueError(f"personal_epochs is {personal_epochs}; it must be 0 or more")
     sgd_at, train = scheduled_sgd(setting, lr, lr_end, momentum, weight_decay, clip), local.trainer(model, setting)
-    base = averaging(model, setting, lambda server: sgd_at(server.round), finetune_lr)
+    base = averaging(model, setting, lambda server: sgd_at(server.round), sgd(finetune_lr))
 
     def init(key):
         server, _ = base.init(key)

@@ -25,11 +25,14 @@ class ServerState(NamedTuple):
 
 
 def averaging(
-    model: Model, setting: Setting, optimizer: Callable[[ServerState], optax.GradientTransformation], finetune_lr: float
+    model: Model,
+    setting: Setting,
+    optimizer: Callable[[ServerState], optax.GradientTransformation],
+    finetune: optax.GradientTransformation,
 ) -> Algorithm:
     """E epochs of `optimizer` on every client, and the mean of what comes back: FedAvg and what is built on it.
 
-    A client that personalises takes plain SGD steps at `finetune_lr` from the server's network.
+    A client that personalises takes steps of `finetune` from the server's network.
     """
     train = local.trainer(model, setting)
 
@@ -48,7 +51,7 @@ def averaging(
         return server._replace(round=server.round + 1, params=params, stats=stats)
 
     def personalize(server, client_state, data, key, steps):
-        params, stats, _ = train(sgd(finetune_lr), server.params, server.stats, data, key, setting.epochs, steps)
+        params, stats, _ = train(finetune, server.params, server.stats, data, key, setting.epochs, steps)
         return Net(params, stats)
 
     return Algorithm(
@@ -74,7 +77,7 @@ def fedavg(
     clip: float | None = None,
     finetune_lr: float = 0.01,
     server: Literal["mean", "momentum", "adam", "yogi"] = "mean",
-    server_lr: float = 1.0,
+    server_lr: float | None = None,
     server_momentum: float = 0.9,
     server_epsilon: float = 1e-3,
 ) -> Algorithm:
@@ -88,15 +91,17 @@ def fedavg(
       server: "mean" replaces w_t by the clients' mean; the others are FedAvgM, FedAdam and FedYogi: a step of
         that optimizer along w_t - mean. Batch-norm statistics are always the mean: along a pseudo-gradient
         variances would turn negative.
-      server_lr: of that step; FedAdam and FedYogi want about 0.01.
+      server_lr: of that step; none is 1 for FedAvgM and 0.01 for FedAdam and FedYogi, whose steps do not shrink
+        with the pseudo-gradient.
       server_momentum, server_epsilon: first moment's decay, and the adaptivity tau of FedAdam and FedYogi.
     """
     sgd_at = scheduled_sgd(setting, lr, lr_end, momentum, weight_decay, clip)
-    base = averaging(model, setting, lambda server: sgd_at(server.round), finetune_lr)
+    base = averaging(model, setting, lambda server: sgd_at(server.round), sgd(finetune_lr))
     if server == "mean":
-        if server_lr != 1.0:
+        if server_lr is not None:
             raise ValueError(f"server_lr is {server_lr}, but server=mean has none; choose momentum, adam or yogi")
         return base
+    server_lr = {"momentum": 1.0}.get(server, 0.01) if server_lr is None else server_lr
     moments = {"b1": server_momentum, "b2": 0.99, "eps": server_epsilon}
     step = {
         "momentum": lambda: optax.sgd(server_lr, server_momentum),

@@ -7,7 +7,7 @@ from typing import Literal
 
 from fedmetanas_jax import local, tree
 from fedmetanas_jax.algorithms.fedavg import averaging
-from fedmetanas_jax.core import Algorithm, ClientUpdate, Model, Net, Setting
+from fedmetanas_jax.core import Algorithm, ClientUpdate, Model, Setting
 from fedmetanas_jax.optimizers import inside_and_outside, only, scheduled_sgd, sgd
 
 
@@ -35,9 +35,13 @@ def fedbabu(
     """
     head = local.head_of(model, head)
     is_head, is_body = inside_and_outside(head)
-    sgd_at, train = scheduled_sgd(setting, lr, lr_end, momentum, weight_decay, clip), local.trainer(model, setting)
+    sgd_at = scheduled_sgd(setting, lr, lr_end, momentum, weight_decay, clip)
+    tuned = {"all": lambda path: True, "head": is_head, "body": is_body}[finetune]
     # 1 w <- (body_t, h_0).  2 E epochs: SGD on the body; gradients flow through the head.
-    base = averaging(model, setting, lambda server: only(is_body, sgd_at(server.round)), finetune_lr)
+    # 5 personalise: fine-tune.
+    base = averaging(
+        model, setting, lambda server: only(is_body, sgd_at(server.round)), only(tuned, sgd(finetune_lr))
+    )
 
     def client_update(server, client_state, data, key) -> ClientUpdate:
         # 3 return the body.
@@ -50,16 +54,9 @@ def fedbabu(
         body, stats = mean
         return base.server_update(server, (server.params | body, stats))
 
-    def personalize(server, client_state, data, key, steps):
-        # 5 fine-tune.
-        parts = {"all": lambda path: True, "head": is_head, "body": is_body}
-        optimizer = only(parts[finetune], sgd(finetune_lr))
-        return Net(*train(optimizer, server.params, server.stats, data, key, setting.epochs, steps)[:2])
-
     return base._replace(
         client_update=client_update,
         server_update=server_update,
-        personalize=personalize,
         broadcast=lambda server: (tree.split(server.params, head)[1], server.stats),
         depth="epochs",
     )

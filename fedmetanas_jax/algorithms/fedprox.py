@@ -7,7 +7,7 @@ import optax
 
 from fedmetanas_jax.algorithms.fedavg import averaging
 from fedmetanas_jax.core import Algorithm, Model, Setting
-from fedmetanas_jax.optimizers import pull, scheduled_sgd
+from fedmetanas_jax.optimizers import pull, scheduled_sgd, sgd
 
 
 def fedprox(
@@ -33,5 +33,5 @@ def fedprox(
     sgd_at = scheduled_sgd(setting, lr, lr_end, momentum, weight_decay, clip)
     # w <- SGD(w, grad CE + mu (w - w_t))
     return averaging(
-        model, setting, lambda server: optax.chain(pull(server.params, mu), sgd_at(server.round)), finetune_lr
+        model, setting, lambda server: optax.chain(pull(server.params, mu), sgd_at(server.round)), sgd(finetune_lr)
     )

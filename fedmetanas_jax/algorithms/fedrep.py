@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from fedmetanas_jax import local, tree
 from fedmetanas_jax.algorithms.fedavg import averaging
-from fedmetanas_jax.core import Algorithm, ClientUpdate, Model, Net, Setting
+from fedmetanas_jax.core import Algorithm, ClientUpdate, Model, Setting
 from fedmetanas_jax.optimizers import inside_and_outside, only, scheduled_sgd, sgd
 
 
@@ -42,8 +42,8 @@ def fedrep(
     if head_epochs < 0 or body_epochs < 0:
         raise ValueError(f"head_epochs is {head_epochs} and body_epochs is {body_epochs}; both must be 0 or more")
     sgd_at = scheduled_sgd(setting, lr, lr_end, momentum, weight_decay, clip)
-    base = averaging(model, setting, lambda server: sgd_at(server.round), finetune_lr)
     train, (is_head, is_body) = local.trainer(model, setting), inside_and_outside(head)
+    base = averaging(model, setting, lambda server: sgd_at(server.round), only(is_head, sgd(finetune_lr)))
 
     def init(key):
         server, _ = base.init(key)
@@ -64,9 +64,7 @@ def fedrep(
 
     def personalize(server, own_head, data, key, steps):
         # 6 body frozen, SGD on the head.
-        params, stats = server.params | own_head, server.stats
-        optimizer = only(is_head, sgd(finetune_lr))
-        return Net(*train(optimizer, params, stats, data, key, setting.epochs, steps)[:2])
+        return base.personalize(server._replace(params=server.params | own_head), (), data, key, steps)
 
     return base._replace(
         init=init,

@@ -45,7 +45,7 @@ def perfedavg(
         raise ValueError(f"M is {M}, but order=hf takes 1 inner step")
     how = {"first": 1, "hf": "hf", "exact": 2}[order]
     loss, sgd_at = local.classification_loss(model), scheduled_sgd(setting, lr, lr_end, momentum, weight_decay, clip)
-    base = averaging(model, setting, lambda server: sgd_at(server.round), finetune_lr=task_lr)
+    base = averaging(model, setting, lambda server: sgd_at(server.round), sgd(task_lr))
 
     def client_update(server, client_state, data, key):
         # 1 w <- w_t.  2 for each pair (B1, B2): w' = w - a grad(B1; w); w <- w - b grad(B2; w').

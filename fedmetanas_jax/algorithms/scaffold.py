@@ -46,7 +46,7 @@ def scaffold(
       finetune_lr: of the plain SGD by which a client personalises the global network.
     """
     train, lr_at = local.trainer(model, setting), cosine(setting.rounds, lr, lr_end)
-    base = averaging(model, setting, lambda server: sgd(lr_at(server.round)), finetune_lr)
+    base = averaging(model, setting, lambda server: sgd(lr_at(server.round)), sgd(finetune_lr))
 
     def init(key):
         (start, params, stats, _), _ = base.init(key)

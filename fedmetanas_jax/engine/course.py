@@ -120,8 +120,8 @@ class Course:
         programs = Programs(algorithm, self.plan, self.data, self.mesh, self.hosted, None, say)
         state = state_shapes(algorithm, self.plan.clients, self.mesh, self.hosted)
         if self.hosted:
-            cohort_of = lambda x: jax.ShapeDtypeStruct((self.plan.cohort, *x.shape[1:]), x.dtype)  # noqa: E731
-            state = state._replace(client_states=jax.tree.map(cohort_of, state.client_states))
+            chosen = np.arange(self.plan.cohort)
+            state = state._replace(client_states=jax.eval_shape(tree.take, state.client_states, chosen))
         say(f"compiling the program of round {following[0].start} meanwhile")
         self._ahead = programs, self._compiler.submit(programs.compile_ahead, placed(state, self.mesh, self.hosted))
 
