@@ -93,12 +93,11 @@ def network_steps(flags) -> dict:
 
         return run
 
-    ways = {"remat": {}, "stored": {"remat": False}, "batched": {"batched": True}}
-    ways |= {"pallas": {"kernel": "pallas"}, "batched-pallas": {"batched": True, "kernel": "pallas"}}
     found = {}
     if flags.before:
         found["before"] = training(load(flags.before).darts(**task, **size))
     darts = load(HERE).darts
+    ways = importlib.import_module("fedmetanas_jax.networks").WAYS
     for name in flags.ways.split(","):
         found[name] = training(darts(**task, **size, **ways[name]))
     params, stats = jax.jit(darts(**task, **size).init)(jax.random.key(0))
@@ -194,7 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("step", "layers"))
     parser.add_argument("--before", help="a checkout of the project to compare with")
-    names = "of the network: remat, stored, batched and, on a GPU, pallas, batched-pallas"
+    names = "of the network: remat, stored, batched, batched-remat and, on a GPU, pallas"
     parser.add_argument("--ways", default="remat,stored,batched", help=names)
     parser.add_argument("--kernel", choices=("pallas", "interpret"), help="layers: also a block by the Pallas kernels")
     parser.add_argument("--width", type=int, default=16)

@@ -55,11 +55,11 @@ class Config:
         "the genotype.json a search left, for that architecture at this width and number of cells",
     )
     stem: Literal[1, 2] = _field(1, "stride of the MobileNetV3's first convolution (D-26)")
-    supernet: Literal["remat", "stored", "batched", "pallas"] = _field(
-        "remat",
-        "its gradient: remat computes edges again, stored keeps what they need (13 times the memory), batched takes "
-        "all edges of a source at once (10 times the memory, fewer and larger kernels), pallas is batched with "
-        "convolutions as GPU kernels of our own",
+    supernet: Literal["auto", "remat", "stored", "batched", "batched-remat", "pallas"] = _field(
+        "auto",
+        "how a DARTS network is computed. remat: edge by edge, each again for its gradient; stored: not again, 13 times "
+        "the memory; batched: all edges and operations of a source at once, stored; batched-remat: again; pallas: "
+        "batched, with convolutions as GPU kernels of our own. auto: remat on CPU, batched on accelerators",
     )
     bn_eval: Literal["running", "batch", "recalibrated"] = _field(
         "running", "batch-norm statistics used to evaluate (D-10)"

@@ -16,12 +16,13 @@ from fedmetanas_jax.models.mobilenetv3 import mobilenetv3
 from fedmetanas_jax.nas import genotype as genotypes
 from fedmetanas_jax.options import UsageError
 
-# How a supernet's gradient is computed, by the name config.supernet has for it (results/formulations.md).
+# How a DARTS network is computed, by the name config.supernet has for it (results/formulations.md).
 WAYS = {
     "remat": {},
     "stored": {"remat": False},
-    "batched": {"batched": True},
-    "pallas": {"batched": True, "kernel": "pallas"},
+    "batched": {"batched": True, "remat": False},
+    "batched-remat": {"batched": True},
+    "pallas": {"batched": True, "remat": False, "kernel": "pallas"},
 }
 
 
@@ -32,6 +33,11 @@ class Network(NamedTuple):
     kind: str  # "darts" or "mobilenetv3"
     arguments: dict  # of its maker, but for the type it computes in; JSON-able
     genotype: genotypes.Genotype | None = None  # of a discrete network
+
+
+def default_way(backend: str) -> str:
+    """The one of `WAYS` that suits a backend, "cpu", "gpu" or "tpu": a CPU wants small arrays, a GPU few kernels."""
+    return "remat" if backend == "cpu" else "batched"
 
 
 def searches(factory: Callable) -> bool:
@@ -45,19 +51,21 @@ def make_network(config: Config, dataset: sources.Dataset, factory: Callable, dt
     mean, std = sources.mean_std(config.dataset, dataset)
     shape, classes = dataset.train_images.shape[1:], len(dataset.label_names)
     common = {"shape": shape, "classes": classes, "mean": mean, "std": std}
-    if config.supernet == "pallas" and jax.default_backend() != "gpu":
+    way = default_way(jax.default_backend()) if config.supernet == "auto" else config.supernet
+    if way == "pallas" and jax.default_backend() != "gpu":
         raise UsageError(f"config.supernet=pallas needs a GPU; this is a {jax.default_backend()}")
     darts = common | {"width": config.width, "length": config.cells}
     if searches(factory):
         arguments = darts | {"nodes": config.nodes}
-        return Network(darts_space(**arguments, **WAYS[config.supernet], dtype=dtype), "darts", arguments)
+        return Network(darts_space(**arguments, **WAYS[way], dtype=dtype), "darts", arguments)
     if config.network in MOBILENETS:
         arguments = common | {"stem": config.stem, "variant": MOBILENETS[config.network]}
         return Network(mobilenetv3(**arguments, dtype=dtype), "mobilenetv3", arguments)
     genotype = read_genotype(config.network)
     nodes = len(genotype.normal)
     arguments, keep = darts | {"nodes": nodes}, genotypes.to_keep(genotype, nodes)
-    model = discrete_network(**arguments, keep=keep, mix=genotypes.to_mix(genotype, nodes), dtype=dtype)
+    mix = genotypes.to_mix(genotype, nodes)
+    model = discrete_network(**arguments, **WAYS[way], keep=keep, mix=mix, dtype=dtype)
     return Network(model, "darts", arguments, genotype)
 
 

@@ -251,6 +251,14 @@ def test_traffic_of_a_loop_grows_with_its_trips():
     assert ten.unknown_loops == 0
 
 
+def test_conditionals_in_a_loop_count_every_time():
+    def step(_, x):
+        return jax.lax.cond(x.sum() > 0, lambda x: jnp.sort(x), lambda x: jnp.sort(-x), x)
+
+    run = jax.jit(lambda x: jax.lax.fori_loop(0, 7, step, x))
+    assert hlo.traffic(run.lower(jnp.ones(64)).compile().as_text()).conditionals == 7
+
+
 def test_traffic_of_a_loop_without_known_trips_says_so():
     run = jax.jit(lambda x: jax.lax.while_loop(lambda x: x.sum() > 0, lambda x: jnp.sort(x - 1), x))
     assert hlo.traffic(run.lower(jnp.ones(64)).compile().as_text()).unknown_loops == 1

@@ -46,22 +46,15 @@ def test_stages_of_a_reduction_cell_by_hand():
     assert tabulate(between).start.tolist() == [0]  # node 0
 
 
-def test_stages_of_same_length_have_no_empty_slot():
-    cut = stages((ALL,) * 14, 4, reduce=False, same_length=True)
-    assert [stage.sources for stage in cut] == [(0, 1), (2,), (3,), (4,)]
-    assert all(stage.full for stage in cut)
-
-
 @pytest.mark.parametrize("reduce", [False, True])
-@pytest.mark.parametrize("same_length", [False, True])
-def test_every_live_operation_has_one_place(reduce, same_length):
+def test_every_live_operation_has_one_place(reduce):
     """In random plans; and no edge is read before the edges that complete its source."""
     rng = np.random.default_rng(0)
     ends = edge_ends(3)
     for _ in range(50):
         keep = tuple(tuple(k for k in ALL if rng.random() < 0.15) for _ in ends)
         placed_ops, done = [], []
-        for stage in stages(keep, 3, reduce, same_length):
+        for stage in stages(keep, 3, reduce):
             table = tabulate(stage)
             for s, source in enumerate(stage.sources):
                 late = [e for e, (_, j) in enumerate(ends) if j == source - 2 and {*keep[e]} - {NONE}]
@@ -116,7 +109,9 @@ def example(keep, reduce):
 
 
 @pytest.mark.usefixtures("double")
-@pytest.mark.parametrize("how", [How(remat=False), How(batched=True)], ids=["stored", "batched"])
+@pytest.mark.parametrize(
+    "how", [How(remat=False), How(True, True), How(False, True)], ids=["stored", "batched-remat", "batched"]
+)
 @pytest.mark.parametrize(("keep", "reduce"), [(SOME, False), (((SEP3, MAX, SKIP),) * EDGES, True)], ids=["some", "all"])
 def test_every_way_gives_the_same_numbers(keep, reduce, how):
     arguments = example(keep, reduce)
@@ -124,6 +119,25 @@ def test_every_way_gives_the_same_numbers(keep, reduce, how):
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("reduce", [False, True])
+def test_every_way_evaluates_alike(reduce):
+    inputs, weights, mix = example(SOME, reduce)
+    rng, stats = np.random.default_rng(1), {}
+    for k, op in enumerate(OPS):
+        edges, stride = operations.stack(SOME, k, NODES, reduce)
+        shape = (len(edges), WIDTH)
+        stats[op] = {
+            name: (rng.normal(size=shape), rng.uniform(1, 2, shape)) for name in operations.norm_names(op, stride)
+        }
+
+    def nodes(how):
+        run = jax.jit(lambda *given: cell(*given, SOME, NODES, reduce, False, how)[0])
+        return run(inputs, weights, stats, mix)
+
+    np.testing.assert_allclose(nodes(How(False, True)), nodes(How()), rtol=1e-9, atol=1e-11)
 
 
 def test_edges_of_one_source_share_their_pool():
@@ -144,13 +158,13 @@ def test_edges_of_one_source_share_their_pool():
 # --- Other platforms ----------------------------------------------------------------------------------------
 
 
-def conditionals(platform, **ways):
+def conditionals(platform, plan=None, **ways):
     """Types of what conditionals choose in the gradient of a tiny network, lowered for a platform not at hand.
 
     The choice by platform leaves a conditional of one branch behind, and one over the number of the platform,
     a constant; XLA removes both.
     """
-    net = darts(shape=(4, 4, 1), classes=2, mean=(0.5,), std=(0.5,), width=2, length=1, nodes=2, **ways)
+    net = darts(shape=(4, 4, 1), classes=2, mean=(0.5,), std=(0.5,), width=2, length=1, nodes=2, plan=plan, **ways)
     params, stats = jax.eval_shape(net.init, jax.random.key(0))
 
     def loss(trained, stats, image):
@@ -164,10 +178,10 @@ def conditionals(platform, **ways):
     return {kind for branches, kind in cases if "}, {" in branches} - {"tensor<i32>"}
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_gradient_lowers_for_cuda_without_conditionals(dtype):
+@pytest.mark.parametrize("plan", [None, (((SEP3,), (), (DIL3, MAX), (SKIP,), (SEP3,)),) * 2], ids=["full", "pruned"])
+def test_gradient_lowers_for_cuda_without_conditionals(plan):
     """A conditional makes a GPU wait for the host: what a CPU needs to keep arrays apart must not reach it."""
-    assert not conditionals("cuda", batched=True, dtype=dtype)
+    assert not conditionals("cuda", plan, batched=True, remat=False, dtype=jnp.bfloat16)
 
 
 def test_conditionals_keep_arrays_apart_on_a_cpu():

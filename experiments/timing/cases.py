@@ -112,17 +112,17 @@ def gpu() -> list[Case]:
     for plan in ("full", "terminal"):
         for dtype in ("bfloat16", "float32"):
             for clients in (5, 1, 20, 100):
-                ours = tuple(Variant("ours", at_once) for at_once in dict.fromkeys((clients, 1)))
+                ours = tuple(Variant("ours", at_once, way="batched") for at_once in dict.fromkeys((clients, 1)))
                 few = clients <= 5
                 if clients == 5 and plan == "full":
-                    ours += tuple(Variant("ours", clients, way=way) for way in ("batched", "pallas", "stored"))
+                    ours += tuple(Variant("ours", clients, way=way) for way in ("pallas", "batched-remat", "remat"))
                 tasks = 9 if few else 1  # an epoch of a few clients, a task of many
                 torch = (*EAGER, compiled) if clients == 5 else EAGER[:1]
                 name = f"{plan} {dtype} K={clients}"
                 how = {"dtype": dtype, "plan": plan, "repeats": 5 if few else 3}
                 cases.append(Case(name, clients, tasks, FULL_ROUND, ours + torch, **how))
     order = {5: 0, 1: 1, 20: 2, 100: 3}
-    sides = (Variant("ours", 5), Variant("ours", 5, way="batched"), EAGER[0])
+    sides = (Variant("ours", 5, way="batched"), Variant("ours", 5, way="pallas"), EAGER[0])
     whole = Case("whole round", 5, FULL_ROUND, FULL_ROUND, sides, dtype="bfloat16", repeats=2)
     return [whole, *sorted(cases, key=lambda case: order[case.clients])]
 

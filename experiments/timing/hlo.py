@@ -27,6 +27,7 @@ class Traffic(NamedTuple):
     bytes: float
     kernels: float  # instructions that are neither free nor control flow
     unknown_loops: int  # loops whose trip count the compiler does not know; counted once
+    conditionals: float = 0.0
 
 
 class _Instruction(NamedTuple):
@@ -125,7 +126,7 @@ def traffic(text: str) -> Traffic:
     def of(name: str) -> Traffic:
         if name in done:
             return done[name]
-        total, kernels, unknown = 0.0, 0.0, 0
+        total, kernels, unknown, conditionals = 0.0, 0.0, 0, 0.0
         sizes = {i.name: i.size for i in computations[name]}
         for i in computations[name]:
             if i.opcode in FREE:
@@ -136,6 +137,7 @@ def traffic(text: str) -> Traffic:
                 unknown += trips is None
                 inner = [of(n) for n in called(i.rest, "body")]
             elif i.opcode == "conditional":
+                conditionals += 1
                 branches = called(i.rest, "branch_computations", "true_computation", "false_computation")
                 times, inner = 1, [max((of(n) for n in branches), key=lambda t: t.bytes)]
             elif i.opcode == "call":
@@ -146,7 +148,8 @@ def traffic(text: str) -> Traffic:
             total += times * sum(t.bytes for t in inner)
             kernels += times * sum(t.kernels for t in inner)
             unknown += sum(t.unknown_loops for t in inner)
-        done[name] = Traffic(total, kernels, unknown)
+            conditionals += times * sum(t.conditionals for t in inner)
+        done[name] = Traffic(total, kernels, unknown, conditionals)
         return done[name]
 
     return of(entry)

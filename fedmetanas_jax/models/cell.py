@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fedmetanas_jax.core import Array, Tree
-from fedmetanas_jax.models import operations
+from fedmetanas_jax.models import operations, side_by_side
 from fedmetanas_jax.models.layout import Given, by_edge, in_edge_order, lay_out
 from fedmetanas_jax.models.operations import Keep
 from fedmetanas_jax.models.schedule import Stage, stages, tabulate
@@ -27,7 +27,7 @@ class How(NamedTuple):
     """Ways to compute a cell; all give the same numbers up to rounding."""
 
     remat: bool = True  # compute edges again in the backward pass instead of keeping what it needs
-    batched: bool = False  # all edges that leave a source at once instead of one after another
+    batched: bool = False  # by `side_by_side` instead of the scan
     kernel: str = "plain"  # one of operations.KERNELS
 
 
@@ -42,11 +42,11 @@ def run_stage(stage: Stage, train: bool, how: How, source: Array | None, nodes: 
 
 
 def _steps(stage: Stage, train: bool, how: How):
-    """The two differentiable parts of a step, and whether the second takes all slots at once.
+    """The two differentiable parts of a step.
 
     shared(x, mix, stats, offers) -> (y [nodes, C, H', W', N], moments): what a source gives by operations
     without weights. own(relu_x, weights, mix, stats, alive) -> (y [C, H', W', N], moments): what one edge
-    gives by those with weights, zeros for an empty slot; for all slots at once everything leads with them.
+    gives by those with weights, zeros for an empty slot.
     """
 
     def shared(x, mix, stats, offers):
@@ -60,14 +60,12 @@ def _steps(stage: Stage, train: bool, how: How):
 
         return operations.where_alive(stage.full, jnp.any(alive), run, relu_x, weights, mix)
 
-    # Under vmap a conditional computes both sides, so that a stage with dead operations keeps its scan.
-    batched = how.batched and stage.full and all(op.everywhere for op in stage.own)
-    return shared, jax.vmap(own, (None, 0, 0, 0, 0)) if batched else own, batched
+    return shared, own
 
 
 def _forward(stage, train, how, keep, source, nodes, given):
     """What `run_stage` returns and, with `keep`, the functions that pull gradients back through each step."""
-    shared, own, batched = _steps(stage, train, how)
+    shared, own = _steps(stage, train, how)
     table = tabulate(stage)
 
     def evaluate(function, *arguments):
@@ -90,11 +88,11 @@ def _forward(stage, train, how, keep, source, nodes, given):
         def send(nodes, slot):
             end, alive, weights, mix, stats = slot
             y, pull, moments = evaluate(lambda *trained: own(*trained, stats, alive), relu_x, weights, mix)
-            return _add(nodes, end, y), (pull, moments)
+            return nodes.at[end].add(y), (pull, moments)
 
         if stage.own:
             slots = ends, alive, given.weights, given.mix, given.stats
-            nodes, (pulls[1], moments[1]) = send(nodes, slots) if batched else lax.scan(send, nodes, slots)
+            nodes, (pulls[1], moments[1]) = lax.scan(send, nodes, slots)
         return nodes, (pulls, moments)
 
     nodes, (pulls, moments) = lax.scan(visit, nodes, (table.start, table.offers, table.end, table.alive, given))
@@ -108,7 +106,7 @@ def _run_stage_forward(stage, train, how, source, nodes, given):
 
 def _run_stage_backward(stage, train, how, saved, cotangents):
     source, nodes, given, pulls = saved
-    shared, own, batched = _steps(stage, train, how)
+    shared, own = _steps(stage, train, how)
     table = tabulate(stage)
     # The moments feed running averages alone, which no gradient passes.
     grads = cotangents[0], None if source is None else jnp.zeros_like(source)
@@ -140,8 +138,7 @@ def _run_stage_backward(stage, train, how, saved, cotangents):
 
         if stage.own:
             slots = ends, alive, given.weights, given.mix, given.stats, own_pulls
-            zeros = jnp.zeros_like(x)
-            g_relu, g_own = send(zeros, slots) if batched else lax.scan(send, zeros, slots, reverse=True)
+            g_relu, g_own = lax.scan(send, jnp.zeros_like(x), slots, reverse=True)
             g_x = g_x + jnp.where(x > 0, g_relu, 0)
         g_weights, g_mix = g_own or (given.weights, jnp.zeros_like(given.mix))
         if source is None:
@@ -160,15 +157,6 @@ def _run_stage_backward(stage, train, how, saved, cotangents):
 run_stage.defvjp(_run_stage_forward, _run_stage_backward)
 
 
-def _add(nodes: Array, end: Array, y: Array) -> Array:
-    """y added to row `end` [] of nodes, or y [slots, ...] to rows `end` [slots]."""
-    if jnp.ndim(end) == 0:
-        return nodes.at[end].add(y)
-    for n in range(len(end)):
-        nodes = nodes.at[end[n]].add(y[n])
-    return nodes
-
-
 def cell(
     inputs: Array, weights: Tree, stats: Tree, mix: Array, keep: Keep, nodes: int, reduce: bool, train: bool, how: How
 ) -> tuple[Array, Tree]:
@@ -176,13 +164,15 @@ def cell(
 
     weights and stats: {op: {name: [edges of its `stack`, ...]}}. mix [edges, ops].
     """
+    if how.batched:
+        return side_by_side.cell(inputs, weights, stats, mix, keep, nodes, reduce, train, how)
     channels, height, width, batch = inputs.shape[1:]
     shape = (nodes, channels, height // 2, width // 2, batch) if reduce else (nodes, *inputs.shape[1:])
     state = jnp.zeros(shape, inputs.dtype)
     if not reduce:
         state = jnp.concatenate([inputs, state])
     found: dict = {}
-    for stage in stages(keep, nodes, reduce, same_length=how.batched):
+    for stage in stages(keep, nodes, reduce):
         source = inputs if stage.stride == 2 else None
         state, moments = run_stage(stage, train, how, source, state, lay_out(stage, weights, stats, mix, train))
         for op, part in by_edge(stage, moments).items():

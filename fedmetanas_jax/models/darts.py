@@ -192,10 +192,11 @@ def darts(
     `plan` says which operations exist; all where it is None.
 
     Weights, moments, logits and the mix are float32; `dtype` is what the layers compute in. `remat` computes
-    every edge a second time in the backward pass instead of keeping what it needs; `batched` takes all edges
-    that leave a source at once. They change time and memory alone (results/formulations.md). So does `kernel`:
-    "pallas" computes depthwise and pointwise layers by the GPU kernels of `fused`, which have NEVER RUN on a GPU
-    and have no second derivative; "interpret" interprets them anywhere, slowly, for tests.
+    every edge (`batched`: source) a second time in the backward pass instead of keeping what it needs; `batched`
+    takes all edges that leave a source at once (`side_by_side`). They change time and memory alone
+    (results/formulations.md). So does `kernel`: "pallas" computes depthwise and pointwise layers by the GPU kernels
+    of `fused`, which have NEVER RUN on a GPU and have no second derivative; "interpret" interprets them anywhere,
+    slowly, for tests.
 
     ValueError where the image cannot be halved as often as there are reduction cells and for an unknown `kernel`;
     where the network is compiled for a CPU with "pallas".

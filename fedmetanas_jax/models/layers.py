@@ -119,17 +119,17 @@ def _depthwise_forward(x, kernel, stride, dilation):
     out = tuple(-(-n // stride) for n in x.shape[1:3])
     padded = lax.optimization_barrier(_pad(x, pad, pad))
     y = _weighted_taps(_taps(padded, size, dilation, stride, out), kernel, range(size * size))
-    return y.astype(x.dtype), (x, kernel)
+    return y.astype(x.dtype), (padded, kernel)
 
 
 def _depthwise_backward(stride, dilation, saved, g):
-    x, kernel = saved
+    padded, kernel = saved
     size = kernel.shape[-1]
     pad = dilation * (size - 1) // 2
-    spread = _spread(g, size, dilation, stride, pad, x.shape)
+    shape = [n - 2 * pad * (axis in (1, 2)) for axis, n in enumerate(padded.shape)]
+    spread = _spread(g, size, dilation, stride, pad, shape)
     flipped = range(size * size - 1, -1, -1)
-    dx = _weighted_taps(_taps(spread, size, dilation, 1, x.shape[1:3]), kernel, flipped)
-    padded = lax.optimization_barrier(_pad(x, pad, pad))
+    dx = _weighted_taps(_taps(spread, size, dilation, 1, shape[1:3]), kernel, flipped)
     # One reduction over all taps at once reads x and g a single time instead of k*k times.
     products = [
         _wide(g) * _wide(tap)
@@ -142,7 +142,7 @@ def _depthwise_backward(stride, dilation, saved, g):
         dimensions=(1, 2, 3),
     )
     dk = jnp.stack(sums, -1).reshape(kernel.shape)
-    return dx.astype(x.dtype), dk.astype(kernel.dtype)
+    return dx.astype(padded.dtype), dk.astype(kernel.dtype)
 
 
 depthwise.defvjp(_depthwise_forward, _depthwise_backward)
@@ -258,25 +258,28 @@ def _weighted_norm_forward(x, weight, epsilon, known):
     # Mean and variance in one pass. Away from zero the mean of squares drowns the variance, so that the
     # first value of each channel is taken off before.
     shift = _wide(x[:, :1, :1, :1]) if known is None else _spatial(known[0])
-    shifted = _wide(x) - shift
     if known is None:
+        shifted = _wide(x) - shift
         offset, square = jnp.mean(shifted, (1, 2, 3)), jnp.mean(jnp.square(shifted), (1, 2, 3))
         variance = jnp.maximum(square - jnp.square(offset), 0)
     else:
         offset, variance = jnp.zeros_like(known[0]), known[1]
-    scale = lax.rsqrt(variance + epsilon)
-    y = ((shifted - _spatial(offset)) * _spatial(scale)).astype(x.dtype)
-    moments = shift[:, 0, 0, 0] + offset, variance * (count / max(count - 1, 1))
-    return (weight.astype(x.dtype) * y, *moments), (y, scale, weight)
+    mean, scale = shift[:, 0, 0, 0] + offset, lax.rsqrt(variance + epsilon)
+    y = weight.astype(x.dtype) * _standardized(x, mean, scale).astype(x.dtype)
+    return (y, mean, variance * (count / max(count - 1, 1))), (x, mean, scale, weight)
+
+
+def _standardized(x, mean, scale):
+    return (_wide(x) - _spatial(mean)) * _spatial(scale)
 
 
 def _weighted_norm_backward(epsilon, saved, cotangents):
-    y, scale, weight = saved
-    g, wide = _wide(cotangents[0]), _wide(y)
+    x, mean, scale, weight = saved
+    g, y = _wide(cotangents[0]), _standardized(x, mean, scale)
     mean_g = jnp.mean(g, (1, 2, 3))
-    sum_gy = jnp.sum(g * wide, (1, 2, 3))
-    dx = (g - _spatial(mean_g) - wide * _spatial(sum_gy / g[0].size)) * _spatial(scale * weight)
-    return dx.astype(y.dtype), jnp.sum(sum_gy).astype(weight.dtype), None  # dx has what passes through the moments
+    sum_gy = jnp.sum(g * y, (1, 2, 3))
+    dx = (g - _spatial(mean_g) - y * _spatial(sum_gy / g[0].size)) * _spatial(scale * weight)
+    return dx.astype(x.dtype), jnp.sum(sum_gy).astype(weight.dtype), None  # dx has what passes through the moments
 
 
 weighted_norm.defvjp(_weighted_norm_forward, _weighted_norm_backward)

@@ -20,7 +20,7 @@ KERNEL = {"sep_conv_3x3": 3, "sep_conv_5x5": 5, "dil_conv_3x3": 3, "dil_conv_5x5
 
 POOLS = {"max_pool_3x3": layers.max_pool, "avg_pool_3x3": layers.avg_pool}
 
-KERNELS = ("plain", "pallas", "interpret")  # what computes a depthwise with its pointwise layer: see `_separable`
+KERNELS = ("plain", "pallas", "interpret")  # what computes a depthwise with its pointwise layer: see `separable`
 
 Keep = tuple[tuple[int, ...], ...]  # of one cell type: the operations alive on each edge
 
@@ -150,7 +150,7 @@ def weighted(
     return total, moments
 
 
-def _separable(kernel: str, relu_x: Array, depthwise: Array, pointwise: Array, stride: int, dilation: int):
+def separable(kernel: str, relu_x: Array, depthwise: Array, pointwise: Array, stride: int, dilation: int):
     """(depthwise, then pointwise layer of relu_x, its (mean, variance) if they were found on the way, else None).
 
     The Pallas kernels take the ReLU once more, which changes nothing.
@@ -185,9 +185,9 @@ def _convolutions(
     if name == "skip_connect":
         return norm("norm", factorized_reduce(relu_x, weights["even"], weights["odd"]), None, weight), found
     dilation = 2 if name.startswith("dil") else 1
-    y, known = _separable(kernel, relu_x, weights["depthwise"], weights["pointwise"], stride, dilation)
+    y, known = separable(kernel, relu_x, weights["depthwise"], weights["pointwise"], stride, dilation)
     if name.startswith("dil"):
         return norm("norm", y, known, weight), found
     relu_y = jax.nn.relu(norm("norm", y, known))
-    y, known = _separable(kernel, relu_y, weights["depthwise_2"], weights["pointwise_2"], 1, 1)
+    y, known = separable(kernel, relu_y, weights["depthwise_2"], weights["pointwise_2"], 1, 1)
     return norm("norm_2", y, known, weight), found

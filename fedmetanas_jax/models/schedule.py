@@ -38,12 +38,8 @@ class Stage(NamedTuple):
         return np.vectorize(lambda e: place.get(e, -1), otypes=[int])(edges)
 
 
-def stages(keep: Keep, nodes: int, reduce: bool, same_length: bool = False) -> list[Stage]:
-    """A normal cell is one stage; a reduction cell one that halves its inputs and one between its nodes.
-
-    `same_length` cuts them further, so that all sources of a stage have equally many edges and no slot is
-    empty.
-    """
+def stages(keep: Keep, nodes: int, reduce: bool) -> list[Stage]:
+    """A normal cell is one stage; a reduction cell one that halves its inputs and one between its nodes."""
     ends = edge_ends(nodes)
     live = [e for e in range(len(ends)) if any(k != NONE for k in keep[e])]
     common = {"keep": keep, "nodes": nodes, "reduce": reduce}
@@ -57,20 +53,10 @@ def stages(keep: Keep, nodes: int, reduce: bool, same_length: bool = False) -> l
     found = []
     for edges, numbers in parts:
         with_weights = {k for k, op in enumerate(OPS) if op_shapes(op, 2, numbers["stride"])}
-        run: list[list[int]] = []
-        for i in sorted({ends[e][0] for e in edges}):
-            leaving = [e for e in edges if ends[e][0] == i]
-            if run and same_length and _count(run[-1], keep, with_weights) != _count(leaving, keep, with_weights):
-                found.append(_stage(run, with_weights, common | numbers))
-                run = []
-            run.append(leaving)
-        if run:
-            found.append(_stage(run, with_weights, common | numbers))
+        of_source = [[e for e in edges if ends[e][0] == i] for i in sorted({ends[e][0] for e in edges})]
+        if of_source:
+            found.append(_stage(of_source, with_weights, common | numbers))
     return found
-
-
-def _count(edges: list[int], keep: Keep, with_weights: set[int]) -> int:
-    return sum(bool(with_weights & {*keep[e]}) for e in edges)
 
 
 def _stage(of_source: list[list[int]], with_weights: set[int], numbers: dict) -> Stage:
