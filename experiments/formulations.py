@@ -99,7 +99,7 @@ def network_steps(flags) -> dict:
     darts = load(HERE).darts
     ways = importlib.import_module("fedmetanas_jax.networks").WAYS
     for name in flags.ways.split(","):
-        found[name] = training(darts(**task, **size, **ways[name]))
+        found[name] = training(darts(**task, **size, how=ways[name]))
     params, stats = jax.jit(darts(**task, **size).init)(jax.random.key(0))
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (flags.steps, flags.batch, *task["shape"])).astype(np.uint8)

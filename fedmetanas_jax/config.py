@@ -57,9 +57,9 @@ class Config:
     stem: Literal[1, 2] = _field(1, "stride of the MobileNetV3's first convolution (D-26)")
     supernet: Literal["auto", "remat", "stored", "batched", "batched-remat", "pallas"] = _field(
         "auto",
-        "how a DARTS network is computed. remat: edge by edge, each again for its gradient; stored: not again, 13 times "
-        "the memory; batched: all edges and operations of a source at once, stored; batched-remat: again; pallas: "
-        "batched, with convolutions as GPU kernels of our own. auto: remat on CPU, batched on accelerators",
+        "how a DARTS network is computed; remat: edge by edge, each again for its gradient; stored: not again, 13 "
+        "times the memory; batched: all edges and operations of a source at once, stored; batched-remat: that again; "
+        "pallas: batched, convolutions by GPU kernels of our own; auto: remat on a CPU before pruning, else batched",
     )
     bn_eval: Literal["running", "batch", "recalibrated"] = _field(
         "running", "batch-norm statistics used to evaluate (D-10)"
@@ -86,9 +86,7 @@ class Config:
     )
 
     eval_batch: int = _field(250, "images in an evaluation batch", least=1)
-    eval_every: int = _field(
-        10, "rounds between server and un-adapted local accuracy; 0: only at the end", least=0
-    )
+    eval_every: int = _field(10, "rounds between server and un-adapted local accuracy; 0: only at the end", least=0)
     adapt_every: int = _field(
         0, "rounds between local accuracies of personalised networks; 0: as final_adapt says", least=0
     )

@@ -10,6 +10,7 @@ import jax
 from fedmetanas_jax.config import MOBILENETS, Config
 from fedmetanas_jax.core import Model, SearchSpace
 from fedmetanas_jax.data import sources
+from fedmetanas_jax.models.cell import How
 from fedmetanas_jax.models.darts import darts_space
 from fedmetanas_jax.models.discrete import discrete_network
 from fedmetanas_jax.models.mobilenetv3 import mobilenetv3
@@ -18,11 +19,12 @@ from fedmetanas_jax.options import UsageError
 
 # How a DARTS network is computed, by the name config.supernet has for it (results/formulations.md).
 WAYS = {
-    "remat": {},
-    "stored": {"remat": False},
-    "batched": {"batched": True, "remat": False},
-    "batched-remat": {"batched": True},
-    "pallas": {"batched": True, "remat": False, "kernel": "pallas"},
+    "auto": None,  # what suits the backend and the live operations
+    "remat": How(),
+    "stored": How(remat=False),
+    "batched": How(remat=False, batched=True),
+    "batched-remat": How(batched=True),
+    "pallas": How(remat=False, batched=True, kernel="pallas"),
 }
 
 
@@ -33,11 +35,6 @@ class Network(NamedTuple):
     kind: str  # "darts" or "mobilenetv3"
     arguments: dict  # of its maker, but for the type it computes in; JSON-able
     genotype: genotypes.Genotype | None = None  # of a discrete network
-
-
-def default_way(backend: str) -> str:
-    """The one of `WAYS` that suits a backend, "cpu", "gpu" or "tpu": a CPU wants small arrays, a GPU few kernels."""
-    return "remat" if backend == "cpu" else "batched"
 
 
 def searches(factory: Callable) -> bool:
@@ -51,13 +48,13 @@ def make_network(config: Config, dataset: sources.Dataset, factory: Callable, dt
     mean, std = sources.mean_std(config.dataset, dataset)
     shape, classes = dataset.train_images.shape[1:], len(dataset.label_names)
     common = {"shape": shape, "classes": classes, "mean": mean, "std": std}
-    way = default_way(jax.default_backend()) if config.supernet == "auto" else config.supernet
-    if way == "pallas" and jax.default_backend() != "gpu":
+    how = WAYS[config.supernet]
+    if config.supernet == "pallas" and jax.default_backend() != "gpu":
         raise UsageError(f"config.supernet=pallas needs a GPU; this is a {jax.default_backend()}")
     darts = common | {"width": config.width, "length": config.cells}
     if searches(factory):
         arguments = darts | {"nodes": config.nodes}
-        return Network(darts_space(**arguments, **WAYS[way], dtype=dtype), "darts", arguments)
+        return Network(darts_space(**arguments, how=how, dtype=dtype), "darts", arguments)
     if config.network in MOBILENETS:
         arguments = common | {"stem": config.stem, "variant": MOBILENETS[config.network]}
         return Network(mobilenetv3(**arguments, dtype=dtype), "mobilenetv3", arguments)
@@ -65,7 +62,7 @@ def make_network(config: Config, dataset: sources.Dataset, factory: Callable, dt
     nodes = len(genotype.normal)
     arguments, keep = darts | {"nodes": nodes}, genotypes.to_keep(genotype, nodes)
     mix = genotypes.to_mix(genotype, nodes)
-    model = discrete_network(**arguments, **WAYS[way], keep=keep, mix=mix, dtype=dtype)
+    model = discrete_network(**arguments, how=how, keep=keep, mix=mix, dtype=dtype)
     return Network(model, "darts", arguments, genotype)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedmetanas_jax.models import operations
-from fedmetanas_jax.models.cell import How, cell
+from fedmetanas_jax.models.cell import How, cell, suited
 from fedmetanas_jax.models.darts import darts
 from fedmetanas_jax.models.layout import placed
 from fedmetanas_jax.models.schedule import stages, tabulate
@@ -158,13 +158,14 @@ def test_edges_of_one_source_share_their_pool():
 # --- Other platforms ----------------------------------------------------------------------------------------
 
 
-def conditionals(platform, plan=None, **ways):
+def conditionals(platform, how, plan=None, dtype=jnp.float32):
     """Types of what conditionals choose in the gradient of a tiny network, lowered for a platform not at hand.
 
     The choice by platform leaves a conditional of one branch behind, and one over the number of the platform,
     a constant; XLA removes both.
     """
-    net = darts(shape=(4, 4, 1), classes=2, mean=(0.5,), std=(0.5,), width=2, length=1, nodes=2, plan=plan, **ways)
+    task = {"shape": (4, 4, 1), "classes": 2, "mean": (0.5,), "std": (0.5,)}
+    net = darts(**task, width=2, length=1, nodes=2, plan=plan, how=how, dtype=dtype)
     params, stats = jax.eval_shape(net.init, jax.random.key(0))
 
     def loss(trained, stats, image):
@@ -181,8 +182,8 @@ def conditionals(platform, plan=None, **ways):
 @pytest.mark.parametrize("plan", [None, (((SEP3,), (), (DIL3, MAX), (SKIP,), (SEP3,)),) * 2], ids=["full", "pruned"])
 def test_gradient_lowers_for_cuda_without_conditionals(plan):
     """A conditional makes a GPU wait for the host: what a CPU needs to keep arrays apart must not reach it."""
-    assert not conditionals("cuda", plan, batched=True, remat=False, dtype=jnp.bfloat16)
+    assert not conditionals("cuda", suited("gpu", plan or ()), plan, jnp.bfloat16)
 
 
 def test_conditionals_keep_arrays_apart_on_a_cpu():
-    assert any(kind.endswith("xf32>") for kind in conditionals("cpu", batched=True))
+    assert any(kind.endswith("xf32>") for kind in conditionals("cpu", How(batched=True)))

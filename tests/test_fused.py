@@ -156,11 +156,11 @@ def test_a_cell_computed_by_the_kernels():
     assert_close(derivatives(How(kernel="interpret")), derivatives(How()), 1e-5)
 
 
-def network(kernel, **ways):
+def network(kernel, dtype=jnp.float32):
     """A tiny network of one edge with a separable and one with a dilated convolution."""
     plan = (((OPS.index("sep_conv_3x3"),), (OPS.index("dil_conv_5x5"),)),) * 2
     task = {"shape": (4, 4, 1), "classes": 2, "mean": (0.5,), "std": (0.5,), "width": 2, "length": 1, "nodes": 1}
-    net = darts(**task, plan=plan, kernel=kernel, **ways)
+    net = darts(**task, plan=plan, how=How(kernel=kernel), dtype=dtype)
 
     def loss(trained, stats, image):
         return jnp.sum(net.apply(trained[0], stats, image, trained[1], True)[0])
@@ -195,9 +195,9 @@ def test_kernels_lower_for_cuda(monkeypatch, width, dtype):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_network_lowers_for_cuda(dtype):
-    function, arguments = network("pallas", dtype=dtype)
+    function, arguments = network("pallas", dtype)
     assert for_cuda(function, *arguments).count(TRITON) > 3
-    function, arguments = network("plain", dtype=dtype)
+    function, arguments = network("plain", dtype)
     assert TRITON not in for_cuda(function, *arguments)
 
 
@@ -209,7 +209,8 @@ def test_a_cpu_refuses_without_interpret():
 
 
 def test_unknown_kernel():
-    space = darts_space(shape=(8, 8, 1), classes=2, mean=(0.5,), std=(0.5,), nodes=1, kernel="triton")
+    how = How(kernel="triton")
+    space = darts_space(shape=(8, 8, 1), classes=2, mean=(0.5,), std=(0.5,), nodes=1, how=how)
     with pytest.raises(ValueError, match="no kernel 'triton'; choose among plain, pallas, interpret"):
         space.make((((), ()),) * 2)
 

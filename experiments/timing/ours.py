@@ -74,8 +74,8 @@ def make_round(case: Case, variant: Variant, seed: int):
     one = (0.5,) * case.image[2]
     dtype = jnp.dtype(case.dtype).type
     size = {"width": case.width, "length": case.cells, "nodes": case.nodes}
-    size |= WAYS[variant.way]
-    space = darts_space(shape=case.image, classes=case.classes, mean=one, std=one, dtype=dtype, **size)
+    how = WAYS[variant.way]
+    space = darts_space(shape=case.image, classes=case.classes, mean=one, std=one, dtype=dtype, how=how, **size)
     setting = Setting(rounds=ROUNDS, epochs=1, batch=case.batch, augment=lambda key, image: image)
     algorithm = fedmetanas(space, setting, M=case.M)[0].make(plan)
     state, _ = jax.jit(algorithm.init)(jax.random.key(seed))

@@ -26,9 +26,19 @@ from fedmetanas_jax.models.schedule import Stage, stages, tabulate
 class How(NamedTuple):
     """Ways to compute a cell; all give the same numbers up to rounding."""
 
-    remat: bool = True  # compute edges again in the backward pass instead of keeping what it needs
+    remat: bool = True  # compute edges (batched: sources) again in the backward pass instead of keeping what it needs
     batched: bool = False  # by `side_by_side` instead of the scan
     kernel: str = "plain"  # one of operations.KERNELS
+
+
+def suited(backend: str, keep: Keep) -> How:
+    """The way for a backend ("cpu", "gpu", "tpu") and the live operations of a cell (results/formulations.md).
+
+    A CPU is fastest on small arrays one after another until an edge has at most one operation left; an
+    accelerator wants few large kernels and no conditionals.
+    """
+    one_by_one = backend == "cpu" and any(len(ops) > 1 for ops in keep)
+    return How(remat=one_by_one, batched=not one_by_one)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -131,9 +141,7 @@ def _run_stage_backward(stage, train, how, saved, cotangents):
 
         def send(g_relu, slot):
             end, alive, weights, mix, stats, pull = slot
-            g, *g_own = pulled(
-                pull, g_nodes[end], lambda *trained: own(*trained, stats, alive), relu_x, weights, mix
-            )
+            g, *g_own = pulled(pull, g_nodes[end], lambda *trained: own(*trained, stats, alive), relu_x, weights, mix)
             return g_relu + g, g_own
 
         if stage.own:

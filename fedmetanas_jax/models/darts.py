@@ -5,8 +5,6 @@ weight is an argument (`mix`), so the network knows nothing of softmax, Gumbel n
 statically which operations exist at all: pruning enters a smaller program here.
 """
 
-from typing import Literal
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fedmetanas_jax.core import Array, SearchSpace, Supernet
 from fedmetanas_jax.models import layers, operations
-from fedmetanas_jax.models.cell import How, cell
+from fedmetanas_jax.models.cell import How, cell, suited
 from fedmetanas_jax.models.plan import STEM_MULTIPLIER, Plan, carry_over, full_plan, multiply_adds, reductions
 from fedmetanas_jax.topology import OPS, edge_ends
 
@@ -127,7 +125,7 @@ class Darts(nn.Module):
     length: int
     nodes: int
     plan: Plan
-    how: How
+    ways: tuple[How, How]  # of normal and reduction cells
 
     @nn.compact
     def __call__(self, x: Array, mix: Array, train: bool) -> Array:
@@ -143,7 +141,7 @@ class Darts(nn.Module):
             reduce = i in reductions(self.length)
             width *= 2 if reduce else 1
             kind = int(reduce)
-            block = Cell(width, self.nodes, self.plan[kind], reduce, after_reduction, self.how, name=f"cell_{i}")
+            block = Cell(width, self.nodes, self.plan[kind], reduce, after_reduction, self.ways[kind], name=f"cell_{i}")
             s0, s1, after_reduction = s1, block(s0, s1, mix[kind], train), reduce
         features = jnp.mean(s1.astype(jnp.promote_types(s1.dtype, jnp.float32)), (1, 2))  # [F, N]
         kernel = self.param("head_kernel", declared, (self.classes, features.shape[0]))
@@ -183,20 +181,16 @@ def darts(
     nodes: int = 4,
     plan: Plan | None = None,
     dtype=jnp.float32,
-    remat: bool = True,
-    batched: bool = False,
-    kernel: Literal["plain", "pallas", "interpret"] = "plain",
+    how: How | None = None,
 ) -> Supernet:
     """The search network (C = width, L = length) for images of `shape` (H, W, channels).
 
     `plan` says which operations exist; all where it is None.
 
-    Weights, moments, logits and the mix are float32; `dtype` is what the layers compute in. `remat` computes
-    every edge (`batched`: source) a second time in the backward pass instead of keeping what it needs; `batched`
-    takes all edges that leave a source at once (`side_by_side`). They change time and memory alone
-    (results/formulations.md). So does `kernel`: "pallas" computes depthwise and pointwise layers by the GPU kernels
-    of `fused`, which have NEVER RUN on a GPU and have no second derivative; "interpret" interprets them anywhere,
-    slowly, for tests.
+    Weights, moments, logits and the mix are float32; `dtype` is what the layers compute in. `how` changes time and
+    memory alone; None: what suits JAX's default backend. Its kernel "pallas" computes depthwise and pointwise layers
+    by the GPU kernels of `fused`, which have NEVER RUN on a GPU and have no second derivative; "interpret" interprets
+    them anywhere, slowly, for tests.
 
     ValueError where the image cannot be halved as often as there are reduction cells and for an unknown `kernel`;
     where the network is compiled for a CPU with "pallas".
@@ -207,10 +201,11 @@ def darts(
             f"the DARTS network halves its images {halvings} times with {length} cells, so height and width must be "
             f"multiples of {2**halvings}; they are {shape[0]} x {shape[1]}"
         )
-    if kernel not in operations.KERNELS:
-        raise ValueError(f"there is no kernel {kernel!r}; choose among {', '.join(operations.KERNELS)}")
+    if how is not None and how.kernel not in operations.KERNELS:
+        raise ValueError(f"there is no kernel {how.kernel!r}; choose among {', '.join(operations.KERNELS)}")
     plan = full_plan(nodes) if plan is None else plan
-    net = Darts(classes, width, length, nodes, plan, How(remat, batched, kernel))
+    ways = tuple(suited(jax.default_backend(), keep) if how is None else how for keep in plan)
+    net = Darts(classes, width, length, nodes, plan, ways)
     mix_shape = (2, len(edge_ends(nodes)), len(OPS))
 
     def init(key):

@@ -3,7 +3,7 @@
 Inside a network an image batch is laid out [C, H, W, N], batch last: the inner loop of every layer then
 runs over N and (W, N) without gaps, which suits a CPU's vector units.
 
-Four choices need a word:
+Five choices need a word:
 * A depthwise convolution is k*k shifted multiply-adds. Under `vmap` over clients XLA turns grouped
   convolutions with per-client kernels, and above all their weight gradients, into dense ones; shifts stay
   what they are.
@@ -11,6 +11,7 @@ Four choices need a word:
   shifted write, and keep far more for the backward pass.
 * `optimization_barrier` stops XLA from recomputing a cheap producer (ReLU, padding) once for each tap.
 * `settled` stops XLA:CPU from merging a loop over taps with the reshape that a pointwise layer reads through.
+* What is long is a `jax.jit` of its own: traced once for each shape, and the same program to XLA.
 """
 
 from functools import partial
@@ -113,6 +114,7 @@ def depthwise(x: Array, kernel: Array, stride: int = 1, dilation: int = 1) -> Ar
     return _depthwise_forward(x, kernel, stride, dilation)[0]
 
 
+@partial(jax.jit, static_argnums=(2, 3))
 def _depthwise_forward(x, kernel, stride, dilation):
     size = kernel.shape[-1]
     pad = dilation * (size - 1) // 2
@@ -122,6 +124,7 @@ def _depthwise_forward(x, kernel, stride, dilation):
     return y.astype(x.dtype), (padded, kernel)
 
 
+@partial(jax.jit, static_argnums=(0, 1))
 def _depthwise_backward(stride, dilation, saved, g):
     padded, kernel = saved
     size = kernel.shape[-1]
@@ -131,10 +134,7 @@ def _depthwise_backward(stride, dilation, saved, g):
     flipped = range(size * size - 1, -1, -1)
     dx = _weighted_taps(_taps(spread, size, dilation, 1, shape[1:3]), kernel, flipped)
     # One reduction over all taps at once reads x and g a single time instead of k*k times.
-    products = [
-        _wide(g) * _wide(tap)
-        for tap in _taps(padded, size, dilation, stride, g.shape[1:3])
-    ]
+    products = [_wide(g) * _wide(tap) for tap in _taps(padded, size, dilation, stride, g.shape[1:3])]
     sums = lax.reduce(
         products,
         [jnp.zeros((), products[0].dtype)] * len(products),
@@ -167,6 +167,7 @@ def max_pool(x: Array, stride: int = 1) -> Array:
     return _max_pool_forward(x, stride)[0]
 
 
+@partial(jax.jit, static_argnums=1)
 def _max_pool_index(x, stride):
     out = tuple(-(-n // stride) for n in x.shape[1:3])
     padded = lax.optimization_barrier(_pad(x, 1, 1, -np.inf))
@@ -186,7 +187,11 @@ def _max_pool_forward(x, stride):
 
 
 def _max_pool_backward(stride, saved, g):
-    index, shape = saved
+    return (_to_winners(*saved, g, stride),)
+
+
+@partial(jax.jit, static_argnums=(1, 3))
+def _to_winners(index, shape, g, stride):
     spread = _spread(g, 3, 1, stride, 1, shape)
     # Zeros between strided outputs carry gradient 0, so whatever index stands there does no harm.
     chosen = _spread(index, 3, 1, stride, 1, shape)
@@ -194,7 +199,7 @@ def _max_pool_backward(stride, saved, g):
     pairs = zip(_taps(spread, 3, 1, 1, shape[1:3]), _taps(chosen, 3, 1, 1, shape[1:3]), strict=True)
     for t, (grad, winner) in enumerate(pairs):
         dx = dx + jnp.where(winner == 8 - t, grad, 0)
-    return (dx,)
+    return dx
 
 
 max_pool.defvjp(_max_pool_forward, _max_pool_backward)
@@ -209,6 +214,11 @@ def _pool_count(size: int, stride: int) -> np.ndarray:
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def avg_pool(x: Array, stride: int = 1) -> Array:
     """3x3 mean, padding 1, padding excluded from the count: a constant image stays constant."""
+    return _avg_pool(x, stride)
+
+
+@partial(jax.jit, static_argnums=1)
+def _avg_pool(x, stride):
     out = tuple(-(-n // stride) for n in x.shape[1:3])
     padded = lax.optimization_barrier(_pad(x, 1, 1))
     ones = jnp.ones((x.shape[0], 9))
@@ -224,6 +234,7 @@ def _avg_pool_forward(x, stride):
     return avg_pool(x, stride), x
 
 
+@partial(jax.jit, static_argnums=0)
 def _avg_pool_backward(stride, x, g):
     spread = _spread((_wide(g) / _count(x, stride)).astype(g.dtype), 3, 1, stride, 1, x.shape)
     ones = jnp.ones((x.shape[0], 9))
@@ -253,6 +264,7 @@ def weighted_norm(x: Array, weight: Array, epsilon: float = BN_EPSILON, known=No
     return _weighted_norm_forward(x, weight, epsilon, known)[0]
 
 
+@partial(jax.jit, static_argnums=2)
 def _weighted_norm_forward(x, weight, epsilon, known):
     count = x[0].size
     # Mean and variance in one pass. Away from zero the mean of squares drowns the variance, so that the
@@ -273,6 +285,7 @@ def _standardized(x, mean, scale):
     return (_wide(x) - _spatial(mean)) * _spatial(scale)
 
 
+@partial(jax.jit, static_argnums=0)
 def _weighted_norm_backward(epsilon, saved, cotangents):
     x, mean, scale, weight = saved
     g, y = _wide(cotangents[0]), _standardized(x, mean, scale)

@@ -89,17 +89,14 @@ def cell(
     found, ends = sources(keep, nodes, reduce), edge_ends(nodes)
     carried = np.array([[k in ops for k in range(len(OPS))] for ops in keep])
     mix = jnp.where(carried, mix, 0)
-    held = {op: _rows(op, keep, nodes, reduce) for op in OPS}  # {op: {edge: row of its stack}}
-    own = {op: [s for _, s in found if op in s.own] for op in OPS}
-    groups = {op: tuple(tuple(held[op][s.edges[n]] for n in s.carriers(op)) for s in own[op]) for op in OPS}
-    parts = {op: jax.tree.map(lambda x, op=op: apart(x, groups[op]), w) for op, w in weights.items() if own.get(op)}
+    held = {op: _rows(op, keep, nodes, reduce) for op in OPS}
+    parts = {op: _by_source(op, named, [s for _, s in found], held[op]) for op, named in weights.items()}
     height, width = (n // 2 if reduce else n for n in inputs.shape[2:4])
     empty = jnp.zeros((inputs.shape[1], height, width, inputs.shape[4]), inputs.dtype)
     states: list = [*inputs, *[None] * nodes]
     moments: dict = {}
     for i, source in found:
-        given = {op: jax.tree.map(lambda x: x[own[op].index(source)], parts[op], is_leaf=_is_tuple)
-                 for op in source.own}  # fmt: skip
+        given = {op: parts[op][source] for op in source.own}
         known = None if train else _known(source, stats, held)
         visit = partial(_visit, source, how.kernel)
         visit = jax.checkpoint(visit) if how.remat and train else visit
@@ -116,15 +113,20 @@ def cell(
     return out, {op: {name: _in_order(parts) for name, parts in by_name.items()} for op, by_name in moments.items()}
 
 
-def _is_tuple(x) -> bool:
-    return isinstance(x, tuple)
-
-
 def _rows(op: str, keep: Keep, nodes: int, reduce: bool) -> dict[int, int]:
+    """{edge: its row in the stack of the operation}."""
     return {e: n for n, e in enumerate(operations.stack(keep, OPS.index(op), nodes, reduce)[0])}
 
 
-def _known(source: Source, stats: Tree, held: dict) -> Tree:
+def _by_source(op: str, named: Tree, every: list[Source], held: dict[int, int]) -> dict[Source, Tree]:
+    """{source: weights of the operation on its edges, by name}."""
+    carrying = [source for source in every if op in source.own]
+    rows = tuple(tuple(held[s.edges[n]] for n in s.carriers(op)) for s in carrying)
+    pieces = {name: apart(x, rows) for name, x in named.items()} if carrying else {}
+    return {s: {name: piece[n] for name, piece in pieces.items()} for n, s in enumerate(carrying)}
+
+
+def _known(source: Source, stats: Tree, held: dict[str, dict[int, int]]) -> Tree:
     """Moments to normalise by, of a source's edges: [carriers, C], of operations without weights [edges, C]."""
     known = {}
     for op in (*source.own, *(OPS[o.number] for o in source.shared)):
