@@ -119,13 +119,20 @@ def page(document: dict) -> str:
     return "\n".join(lines)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong."""
+
+    def error(self, message):
+        self.exit(2, f"error: {message}\n")
+
+
 def _row(cells) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
 def main(argv: list[str]) -> int:
     """Compiles what `argv` asks for and is not yet there -> the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", choices=GPUS, default="h200")
     parser.add_argument("--plans", default="full,terminal")
     parser.add_argument("--ways", default="batched,batched-remat,remat", help="of: " + ", ".join(FORMULATIONS))
