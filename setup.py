@@ -28,6 +28,7 @@ setup(
         "data": ["tensorflow-datasets>=4.9.10", "array_record>=0.8", "pillow>=11", "importlib_resources>=6"],
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3.8",
             "ruff>=0.14",
             "tensorflow-datasets>=4.9.10",
             "array_record>=0.8",

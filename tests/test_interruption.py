@@ -130,10 +130,14 @@ def test_kill_9_at_random_moments_changes_nothing(unbroken, tmp_path):
     assert_same(tmp_path / "run", workdir)
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(unbroken, tmp_path):
-    workdir, _ = unbroken
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    # What runs in a shell's background or under pytest-xdist is deaf to Ctrl-C, and so would the child be.
+    hear = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
     process = subprocess.Popen(
-        command(tmp_path / "run", rounds=4000), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", hear, *command(tmp_path / "run", rounds=4000)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     for line in process.stdout:
         if line.startswith("round "):

@@ -207,4 +207,5 @@ def _separable(stride: int, ops: list[str], kernel: str, xs: list[Array], weight
         jax.vmap(partial(layers.depthwise, stride=stride, dilation=dilation), (axis, 0))(x, depthwise)
         for x, axis, (depthwise, _) in zip(xs, axes, of, strict=True)
     ]
-    return jax.vmap(layers.pointwise)(layers.settled(jnp.concatenate(middle)), jnp.concatenate([p for _, p in of])), None
+    pointwise = jnp.concatenate([weight for _, weight in of])
+    return jax.vmap(layers.pointwise)(layers.settled(jnp.concatenate(middle)), pointwise), None
