@@ -111,7 +111,7 @@ def network_steps(flags) -> dict:
 def layer_pairs(flags):
     """(title, {name: one layer's value}, its arguments) of layers written in more than one way."""
     load(HERE)
-    from fedmetanas_jax.models import layers
+    from fedmetanas_jax.models import batchnorm, layers
 
     rng = np.random.default_rng(0)
     for width, image in ((flags.width, flags.image), (4 * flags.width, flags.image // 4)):
@@ -141,10 +141,10 @@ def layer_pairs(flags):
             return weight * centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), (1, 2, 3), keepdims=True) + 1e-5)
 
         def weight_after(x, matrix, weight):
-            return weight.astype(x.dtype) * layers.batch_norm(layers.pointwise(x, matrix))[0]
+            return weight.astype(x.dtype) * batchnorm.batch_norm(layers.pointwise(x, matrix))[0]
 
         def weight_inside(x, matrix, weight):
-            return layers.weighted_norm(layers.pointwise(x, matrix), weight)[0]
+            return batchnorm.weighted_norm(layers.pointwise(x, matrix), weight)[0]
 
         yield (
             f"pointwise, batch norm, weight, {title}",
@@ -161,15 +161,15 @@ def layer_pairs(flags):
 
 def blocks(kernel: str) -> dict:
     """A block by the layers and by the Pallas kernels: function of (x, depthwise, pointwise)."""
-    from fedmetanas_jax.models import fused, layers
+    from fedmetanas_jax.models import batchnorm, fused, layers
 
     def by_layers(x, depthwise, pointwise):
         y = layers.settled(layers.depthwise(jax.nn.relu(x), depthwise))
-        return layers.batch_norm(layers.pointwise(y, pointwise))[0]
+        return batchnorm.batch_norm(layers.pointwise(y, pointwise))[0]
 
     def by_kernels(x, depthwise, pointwise):
         y, sums, squares = fused.relu_depthwise_pointwise(x, depthwise, pointwise, interpret=kernel == "interpret")
-        return layers.batch_norm(y, known=(sums / y[0].size, squares / y[0].size))[0]
+        return batchnorm.batch_norm(y, known=(sums / y[0].size, squares / y[0].size))[0]
 
     return {"by layers": by_layers, "by Pallas kernels": by_kernels}
 

@@ -12,7 +12,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fedmetanas_jax.core import Array, SearchSpace, Supernet
-from fedmetanas_jax.models import layers, operations
+from fedmetanas_jax.models import batchnorm, layers, operations
 from fedmetanas_jax.models.cell import How, cell, suited
 from fedmetanas_jax.models.plan import STEM_MULTIPLIER, Plan, carry_over, full_plan, multiply_adds, reductions
 from fedmetanas_jax.topology import OPS, edge_ends
@@ -45,8 +45,8 @@ class Norm(nn.Module):
 
     def __call__(self, x: Array, train: bool) -> Array:
         if not train:
-            return layers.frozen_norm(x, *self.moments)
-        y, mean, variance = layers.batch_norm(x)
+            return batchnorm.frozen_norm(x, *self.moments)
+        y, mean, variance = batchnorm.batch_norm(x)
         self.put((mean, variance))
         return y
 

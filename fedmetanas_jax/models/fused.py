@@ -56,7 +56,7 @@ def relu_depthwise_pointwise(
     x [C, H, W, N] float32 or bfloat16, depthwise [C, k, k], pointwise [O, C] -> (y [O, H/stride, W/stride, N] of
     x's type, its sums [O], its squared deviations from the mean, summed [O], both float32). Padding and rounding
     are those of `layers.depthwise` and `layers.pointwise`; products are summed in float32. No gradient flows
-    through the sums, as through the moments of `layers.batch_norm`.
+    through the sums, as through the moments of `batchnorm.batch_norm`.
 
     `interpret` runs the kernels without a GPU, slowly, for tests. ValueError for shapes or types that do not fit
     and, when it is compiled without `interpret`, on a CPU; NotImplementedError for second derivatives.

@@ -7,8 +7,8 @@ Five choices need a word:
 * A depthwise convolution is k*k shifted multiply-adds. Under `vmap` over clients XLA turns grouped
   convolutions with per-client kernels, and above all their weight gradients, into dense ones; shifts stay
   what they are.
-* Shifts, pooling and batch norm have hand-written gradients. Automatic ones turn every shifted read into a
-  shifted write, and keep far more for the backward pass.
+* Shifts, pooling and batch norm (`batchnorm`) have hand-written gradients. Automatic ones turn every shifted
+  read into a shifted write, and keep far more for the backward pass.
 * `optimization_barrier` stops XLA from recomputing a cheap producer (ReLU, padding) once for each tap.
 * `settled` stops XLA:CPU from merging a loop over taps with the reshape that a pointwise layer reads through.
 * What is long is a `jax.jit` of its own: traced once for each shape, and the same program to XLA.
@@ -22,8 +22,7 @@ import numpy as np
 from jax import lax
 
 from fedmetanas_jax.core import Array
-
-BN_EPSILON = 1e-5  # PyTorch's default, DARTS's value
+from fedmetanas_jax.models.batchnorm import wide
 
 
 def normalize(image: Array, mean: Array, std: Array, dtype) -> Array:
@@ -55,11 +54,6 @@ def _through_conditional(x):
 
 
 settled.defvjp(lambda x: (settled(x), None), lambda _, g: (g,))
-
-
-def _wide(x: Array) -> Array:
-    """At least float32: what sums and moments are taken in, whatever the layer computes in."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _pad(x: Array, low: int, high: int, value: float = 0.0, interior: int = 0) -> Array:
@@ -98,10 +92,10 @@ def _spread(g: Array, size: int, dilation: int, stride: int, pad: int, shape) ->
 
 def _weighted_taps(taps, kernel: Array, order) -> Array:
     """sum_t kernel[:, t] * tap_t in float32, rounded once."""
-    flat = _wide(kernel.reshape(kernel.shape[0], -1))
+    flat = wide(kernel.reshape(kernel.shape[0], -1))
     total = 0.0
     for t, tap in zip(order, taps, strict=True):
-        total = total + flat[:, t, None, None, None] * _wide(tap)
+        total = total + flat[:, t, None, None, None] * wide(tap)
     return total
 
 
@@ -134,7 +128,7 @@ def _depthwise_backward(stride, dilation, saved, g):
     flipped = range(size * size - 1, -1, -1)
     dx = _weighted_taps(_taps(spread, size, dilation, 1, shape[1:3]), kernel, flipped)
     # One reduction over all taps at once reads x and g a single time instead of k*k times.
-    products = [_wide(g) * _wide(tap) for tap in _taps(padded, size, dilation, stride, g.shape[1:3])]
+    products = [wide(g) * wide(tap) for tap in _taps(padded, size, dilation, stride, g.shape[1:3])]
     sums = lax.reduce(
         products,
         [jnp.zeros((), products[0].dtype)] * len(products),
@@ -236,74 +230,9 @@ def _avg_pool_forward(x, stride):
 
 @partial(jax.jit, static_argnums=0)
 def _avg_pool_backward(stride, x, g):
-    spread = _spread((_wide(g) / _count(x, stride)).astype(g.dtype), 3, 1, stride, 1, x.shape)
+    spread = _spread((wide(g) / _count(x, stride)).astype(g.dtype), 3, 1, stride, 1, x.shape)
     ones = jnp.ones((x.shape[0], 9))
     return (_weighted_taps(_taps(spread, 3, 1, 1, x.shape[1:3]), ones, range(9)).astype(x.dtype),)
 
 
 avg_pool.defvjp(_avg_pool_forward, _avg_pool_backward)
-
-
-def batch_norm(x: Array, epsilon: float = BN_EPSILON, known=None) -> tuple[Array, Array, Array]:
-    """Normalises by the batch's own moments, no scale and shift (training mode).
-
-    x [C, H, W, N] -> (y [C, H, W, N], mean [C], variance [C]), moments in float32. The variance handed
-    out for the running average is the unbiased one, as in PyTorch. No gradient flows through the moments.
-    `known`: (mean, biased variance) [C] of x in float32, where something before has found them.
-    """
-    return weighted_norm(x, jnp.ones((), _wide(x).dtype), epsilon, known)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def weighted_norm(x: Array, weight: Array, epsilon: float = BN_EPSILON, known=None) -> tuple[Array, Array, Array]:
-    """`batch_norm` with y times `weight` []: the last step of a candidate operation.
-
-    Its own gradient, because the weight's and the norm's need the same sum of g y over each channel, and
-    the mean of g, the same for all operations that end in one node, is then taken once.
-    """
-    return _weighted_norm_forward(x, weight, epsilon, known)[0]
-
-
-@partial(jax.jit, static_argnums=2)
-def _weighted_norm_forward(x, weight, epsilon, known):
-    count = x[0].size
-    # Mean and variance in one pass. Away from zero the mean of squares drowns the variance, so that the
-    # first value of each channel is taken off before.
-    shift = _wide(x[:, :1, :1, :1]) if known is None else _spatial(known[0])
-    if known is None:
-        shifted = _wide(x) - shift
-        offset, square = jnp.mean(shifted, (1, 2, 3)), jnp.mean(jnp.square(shifted), (1, 2, 3))
-        variance = jnp.maximum(square - jnp.square(offset), 0)
-    else:
-        offset, variance = jnp.zeros_like(known[0]), known[1]
-    mean, scale = shift[:, 0, 0, 0] + offset, lax.rsqrt(variance + epsilon)
-    y = weight.astype(x.dtype) * _standardized(x, mean, scale).astype(x.dtype)
-    return (y, mean, variance * (count / max(count - 1, 1))), (x, mean, scale, weight)
-
-
-def _standardized(x, mean, scale):
-    return (_wide(x) - _spatial(mean)) * _spatial(scale)
-
-
-@partial(jax.jit, static_argnums=0)
-def _weighted_norm_backward(epsilon, saved, cotangents):
-    x, mean, scale, weight = saved
-    g, y = _wide(cotangents[0]), _standardized(x, mean, scale)
-    mean_g = jnp.mean(g, (1, 2, 3))
-    sum_gy = jnp.sum(g * y, (1, 2, 3))
-    dx = (g - _spatial(mean_g) - y * _spatial(sum_gy / g[0].size)) * _spatial(scale * weight)
-    return dx.astype(x.dtype), jnp.sum(sum_gy).astype(weight.dtype), None  # dx has what passes through the moments
-
-
-weighted_norm.defvjp(_weighted_norm_forward, _weighted_norm_backward)
-
-
-def _spatial(values: Array) -> Array:
-    """[C] -> [C, 1, 1, 1]."""
-    return values[:, None, None, None]
-
-
-def frozen_norm(x: Array, mean: Array, variance: Array, epsilon: float = BN_EPSILON) -> Array:
-    """Batch norm with given moments [C] (evaluation mode)."""
-    scale = lax.rsqrt(variance + epsilon)
-    return (_wide(x) * _spatial(scale) + _spatial(-mean * scale)).astype(x.dtype)

@@ -13,7 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fedmetanas_jax.core import Array, Model
-from fedmetanas_jax.models import layers
+from fedmetanas_jax.models import batchnorm, layers
 
 BN_EPSILON = 1e-3
 zeros = nn.initializers.zeros  # the modules only declare shapes; `initial` fills them
@@ -157,9 +157,9 @@ class ConvNorm(nn.Module):
         mean = self.variable("batch_stats", "mean", jnp.zeros, out)
         variance = self.variable("batch_stats", "var", jnp.zeros, out)
         if train:
-            x, mean.value, variance.value = layers.batch_norm(x, BN_EPSILON)
+            x, mean.value, variance.value = batchnorm.batch_norm(x, BN_EPSILON)
         else:
-            x = layers.frozen_norm(x, mean.value, variance.value, BN_EPSILON)
+            x = batchnorm.frozen_norm(x, mean.value, variance.value, BN_EPSILON)
         scale = self.param("scale", zeros, out).astype(x.dtype)
         shift = self.param("shift", zeros, out).astype(x.dtype)
         return ACTIVATIONS[self.act](scale[:, None, None, None] * x + shift[:, None, None, None])

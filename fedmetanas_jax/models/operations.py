@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from fedmetanas_jax.core import Array, Tree
-from fedmetanas_jax.models import layers
+from fedmetanas_jax.models import batchnorm, layers
 from fedmetanas_jax.topology import OPS, edge_ends
 
 KERNEL = {"sep_conv_3x3": 3, "sep_conv_5x5": 5, "dil_conv_3x3": 3, "dil_conv_5x5": 5}
@@ -108,7 +108,7 @@ def weightless(ops: tuple[Op, ...], stride: int, x: Array, given: Tree | None, m
             y = POOLS[name](x, stride) if name in POOLS else x
             if name == "skip_connect" or given is not None:
                 return y, {}
-            y, *found = layers.batch_norm(y)
+            y, *found = batchnorm.batch_norm(y)
             return y, {"norm": tuple(found)}
 
         y, moments[name] = where_alive(op.everywhere, alive[op.number], run, x)
@@ -121,7 +121,7 @@ def weightless(ops: tuple[Op, ...], stride: int, x: Array, given: Tree | None, m
     total = 0.0
     for k, (op, y) in enumerate(zip(ops, parts, strict=True)):
         known = given.get(OPS[op.number])
-        y = y[None] if known is None else jax.vmap(layers.frozen_norm, (None, 0, 0))(y, *known["norm"])
+        y = y[None] if known is None else jax.vmap(batchnorm.frozen_norm, (None, 0, 0))(y, *known["norm"])
         total = total + mix[:, k, None, None, None, None] * y
     return total, moments
 
@@ -174,10 +174,10 @@ def _convolutions(
 
     def norm(norm_name: str, x: Array, known: tuple | None, weight: Array | None = None) -> Array:
         if given is not None:
-            y = layers.frozen_norm(x, *given[norm_name])
+            y = batchnorm.frozen_norm(x, *given[norm_name])
             return y if weight is None else weight.astype(y.dtype) * y
         y, *moments = (
-            layers.batch_norm(x, known=known) if weight is None else layers.weighted_norm(x, weight, known=known)
+            batchnorm.batch_norm(x, known=known) if weight is None else batchnorm.weighted_norm(x, weight, known=known)
         )
         found[norm_name] = tuple(moments)
         return y

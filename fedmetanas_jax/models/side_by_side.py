@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 
 from fedmetanas_jax.core import Array, Tree
-from fedmetanas_jax.models import layers, operations
+from fedmetanas_jax.models import batchnorm, layers, operations
 from fedmetanas_jax.models.operations import Keep, Op
 from fedmetanas_jax.topology import NONE, OPS, edge_ends
 
@@ -176,10 +176,10 @@ def _family(source: Source, ops: list[str], kernel: str, relu_x: Array, weights:
         """Batch norm `name` of every row of z, times `weight` [rows]."""
         if known is not None:
             given = jax.tree.map(lambda *m: jnp.concatenate(m), *[known[op][name] for op in ops])
-            y = jax.vmap(layers.frozen_norm)(z, *given)
+            y = jax.vmap(batchnorm.frozen_norm)(z, *given)
             return y if weight is None else weight[:, None, None, None, None].astype(y.dtype) * y
         one = jnp.ones(len(z), jnp.promote_types(z.dtype, jnp.float32)) if weight is None else weight
-        y, *pair = jax.vmap(lambda z, w, sums: layers.weighted_norm(z, w, known=sums))(z, one, sums)
+        y, *pair = jax.vmap(lambda z, w, sums: batchnorm.weighted_norm(z, w, known=sums))(z, one, sums)
         for op, *m in zip(ops, *(jnp.split(m, ends) for m in pair), strict=True):
             found[op][name] = tuple(m)
         return y

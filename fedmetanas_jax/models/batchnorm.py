@@ -1,0 +1,81 @@
+"""Batch norm without scale and shift, in the layout of `layers`, [C, H, W, N]; its gradient is written by hand."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fedmetanas_jax.core import Array
+
+BN_EPSILON = 1e-5  # PyTorch's default, DARTS's value
+
+
+def wide(x: Array) -> Array:
+    """At least float32: what sums and moments are taken in, whatever the layer computes in."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def batch_norm(x: Array, epsilon: float = BN_EPSILON, known=None) -> tuple[Array, Array, Array]:
+    """Normalises by the batch's own moments, no scale and shift (training mode).
+
+    x [C, H, W, N] -> (y [C, H, W, N], mean [C], variance [C]), moments in float32. The variance handed
+    out for the running average is the unbiased one, as in PyTorch. No gradient flows through the moments.
+    `known`: (mean, biased variance) [C] of x in float32, where something before has found them.
+    """
+    return weighted_norm(x, jnp.ones((), wide(x).dtype), epsilon, known)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def weighted_norm(x: Array, weight: Array, epsilon: float = BN_EPSILON, known=None) -> tuple[Array, Array, Array]:
+    """`batch_norm` with y times `weight` []: the last step of a candidate operation.
+
+    Its own gradient, because the weight's and the norm's need the same sum of g y over each channel, and
+    the mean of g, the same for all operations that end in one node, is then taken once.
+    """
+    return _weighted_norm_forward(x, weight, epsilon, known)[0]
+
+
+@partial(jax.jit, static_argnums=2)
+def _weighted_norm_forward(x, weight, epsilon, known):
+    count = x[0].size
+    # Mean and variance in one pass. Away from zero the mean of squares drowns the variance, so that the
+    # first value of each channel is taken off before.
+    shift = wide(x[:, :1, :1, :1]) if known is None else _spatial(known[0])
+    if known is None:
+        shifted = wide(x) - shift
+        offset, square = jnp.mean(shifted, (1, 2, 3)), jnp.mean(jnp.square(shifted), (1, 2, 3))
+        variance = jnp.maximum(square - jnp.square(offset), 0)
+    else:
+        offset, variance = jnp.zeros_like(known[0]), known[1]
+    mean, scale = shift[:, 0, 0, 0] + offset, lax.rsqrt(variance + epsilon)
+    y = weight.astype(x.dtype) * _standardized(x, mean, scale).astype(x.dtype)
+    return (y, mean, variance * (count / max(count - 1, 1))), (x, mean, scale, weight)
+
+
+def _standardized(x, mean, scale):
+    return (wide(x) - _spatial(mean)) * _spatial(scale)
+
+
+@partial(jax.jit, static_argnums=0)
+def _weighted_norm_backward(epsilon, saved, cotangents):
+    x, mean, scale, weight = saved
+    g, y = wide(cotangents[0]), _standardized(x, mean, scale)
+    mean_g = jnp.mean(g, (1, 2, 3))
+    sum_gy = jnp.sum(g * y, (1, 2, 3))
+    dx = (g - _spatial(mean_g) - y * _spatial(sum_gy / g[0].size)) * _spatial(scale * weight)
+    return dx.astype(x.dtype), jnp.sum(sum_gy).astype(weight.dtype), None  # dx has what passes through the moments
+
+
+weighted_norm.defvjp(_weighted_norm_forward, _weighted_norm_backward)
+
+
+def _spatial(values: Array) -> Array:
+    """[C] -> [C, 1, 1, 1]."""
+    return values[:, None, None, None]
+
+
+def frozen_norm(x: Array, mean: Array, variance: Array, epsilon: float = BN_EPSILON) -> Array:
+    """Batch norm with given moments [C] (evaluation mode)."""
+    scale = lax.rsqrt(variance + epsilon)
+    return (wide(x) * _spatial(scale) + _spatial(-mean * scale)).astype(x.dtype)
