@@ -1,7 +1,8 @@
 """Compiles a round for a GPU that is not there, and counts what XLA made of it. Nothing is run: no seconds a round.
 
-    pip install '.[deviceless]'            # the CUDA compiler of JAX; no GPU, no driver
-    python experiments/deviceless.py       # FedMetaNAS at full size for an H200, three formulations
+    pip install '.[deviceless]'                 # the CUDA compiler of JAX; no GPU, no driver
+    python experiments/deviceless.py            # FedMetaNAS at full size for an H200, three formulations
+    python experiments/deviceless.py --kernels  # the Pallas kernels alone, at the sizes of its cells
 
 XLA compiles for a described GPU as it would for one at hand, but for choosing among matrix-product kernels by
 timing them. So kernels, conditionals (each of which the host must answer), bytes and memory are those of the real
@@ -23,10 +24,12 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"  # what little is computed, such as initial weights
 
 import jax
+import jax.numpy as jnp
 from timing import hlo, results
 from timing.cases import FULL_ROUND, Case, Variant
 from timing.ours import make_round
 
+from fedmetanas_jax.models import fused
 from fedmetanas_jax.networks import WAYS
 
 # What XLA asks of a GPU when it starts, as text of its GpuTargetConfigProto; figures of the data sheets.
@@ -90,13 +93,31 @@ def compiled(device, case: Case, variant: Variant) -> dict:
     }
 
 
+def kernels(device) -> None:
+    """Compiles the Pallas kernels of every kind of layer to machine code; prints for how long."""
+    where = jax.sharding.SingleDeviceSharding(device)
+
+    def value(*given):
+        return fused.relu_depthwise_pointwise(*given)[0].astype(jnp.float32).sum()
+
+    for (channels, image), k in product(((16, 32), (32, 16), (64, 8)), (3, 5)):
+        shapes = ((channels, image, image, 32), jnp.bfloat16), ((channels, k, k), "f4"), ((channels,) * 2, "f4")
+        given = [jax.ShapeDtypeStruct(shape, dtype, sharding=where) for shape, dtype in shapes]
+        for name, function in (("value", value), ("gradients", jax.grad(value, (0, 1, 2)))):
+            lowered, start = jax.jit(function).lower(*given), time.perf_counter()
+            lowered.compile()
+            seconds = time.perf_counter() - start
+            print(f"C = {channels}, {image} x {image}, {k} x {k}, {name}: {seconds:.1f} s", flush=True)
+
+
 def page(document: dict) -> str:
     """The record as Markdown."""
-    gpu, lines = GPUS[document["gpu"]], [f"# Rounds compiled for one {GPUS[document['gpu']]['name']}, not run", ""]
+    bandwidth = next(gpu["bandwidth"] for gpu in GPUS.values() if gpu["name"] == document["hardware"])
+    lines = [f"# Rounds compiled for one {document['hardware']}, not run", ""]
     lines += [
         "A step is one batch of each client that is computed at once, forward and backward, with its share of the "
         "optimizers and of the averaging. Conditionals each make the host answer. Bytes are operands and results in "
-        f"the optimized HLO; memory time is those of a round over {gpu['bandwidth'] / 1e12:.1f} TB/s, which no round "
+        f"the optimized HLO; memory time is those of a round over {bandwidth / 1e12:.1f} TB/s, which no round "
         "can be faster than unless caches serve it. Compiled on a CPU: matrix products were not tuned.",
         "",
     ]
@@ -111,12 +132,21 @@ def page(document: dict) -> str:
             lines.append(
                 _row([
                     e["plan"], e["way"], e["at_once"], f"{e['kernels']:.0f}", f"{e['conditionals']:.0f}",
-                    f"{e['bytes'] / 1e9:.1f}", f"{e['bytes_a_round'] / gpu['bandwidth']:.2f}",
+                    f"{e['bytes'] / 1e9:.1f}", f"{e['bytes_a_round'] / bandwidth:.2f}",
                     f"{e['temporary_bytes'] / 1e9:.2f}", f"{e['trace_seconds']:.0f} + {e['compile_seconds']:.0f}",
                 ])
             )  # fmt: skip
         lines.append("")
     return "\n".join(lines)
+
+
+def save(path: Path, document: dict) -> None:
+    """Writes the record and the page beside it, each whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for target, text in ((path, json.dumps(document, indent=1) + "\n"), (path.with_suffix(".md"), page(document))):
+        unfinished = target.with_name(f".{target.name}.{os.getpid()}")
+        unfinished.write_text(text)
+        os.replace(unfinished, target)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -130,61 +160,71 @@ def _row(cells) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def main(argv: list[str]) -> int:
-    """Compiles what `argv` asks for and is not yet there -> the exit status."""
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line as values; argv[0] is the program. Ends the process with 2 where it makes no sense."""
     parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", choices=GPUS, default="h200")
     parser.add_argument("--plans", default="full,terminal")
     parser.add_argument("--ways", default="batched,batched-remat,remat", help="of: " + ", ".join(FORMULATIONS))
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--clients", type=int, default=5)
-    parser.add_argument("--at_once", type=int, default=5)
-    parser.add_argument("--cells", type=int, default=8)
-    parser.add_argument("--width", type=int, default=16)
-    parser.add_argument("--nodes", type=int, default=4)
+    for name, value in (("clients", 5), ("at_once", 5), ("cells", 8), ("width", 16), ("nodes", 4)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--kernels", action="store_true", help="compile the Pallas kernels alone, and only say so")
     parser.add_argument("--out", type=Path, help="default results/deviceless-<gpu>.json")
     asked = parser.parse_args(argv[1:])
     if asked.clients % asked.at_once:
         parser.error(f"--clients={asked.clients} is no multiple of --at_once={asked.at_once}")
+    asked.ways, asked.plans = asked.ways.split(","), asked.plans.split(",")
     for name, allowed in (("ways", FORMULATIONS), ("plans", ["full", "terminal"])):
-        for value in getattr(asked, name).split(","):
+        for value in getattr(asked, name):
             if value not in allowed:
                 parser.error(f"--{name} holds '{value}'; there are {', '.join(allowed)}")
+    return asked
+
+
+def run(asked: argparse.Namespace, command: str) -> int:
+    """Compiles what is asked for and not yet there -> the exit status."""
+    device = described(asked.gpu)
+    if asked.kernels:
+        kernels(device)
+        return 0
     path = asked.out or Path("results") / f"deviceless-{asked.gpu}.json"
-    document = json.loads(path.read_text()) if path.exists() else {"gpu": asked.gpu, "results": []}
-    try:
-        device = described(asked.gpu)
-    except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    size = {"C": asked.width, "cells": asked.cells, "nodes": asked.nodes, "clients": asked.clients, "batch": 32,
-            "compute": asked.dtype}  # fmt: skip
-    command, failed = " ".join(["python experiments/deviceless.py", *argv[1:]]), 0
-    for plan, way in product(asked.plans.split(","), asked.ways.split(",")):
-        name = {"plan": plan, "way": way, "at_once": asked.at_once, "size": size, "versions": results.versions()}
-        if any(all(entry[key] == name[key] for key in name) for entry in document["results"]):
+    document = results.load(path, GPUS[asked.gpu]["name"])
+    network = {"width": asked.width, "cells": asked.cells, "nodes": asked.nodes, "dtype": asked.dtype}
+    size, failed = network | {"clients": asked.clients, "batch": 32}, 0
+    for plan, way in product(asked.plans, asked.ways):
+        work = {"plan": plan, "way": way, "at_once": asked.at_once, "size": size}
+        entry = work | {"versions": results.versions()}
+        if any(all(known[k] == entry[k] for k in entry) for known in document["results"]):
             print(f"{plan} {way}: already there")
             continue
-        case = Case("deviceless", asked.clients, 9, FULL_ROUND, (), dtype=asked.dtype, plan=plan, width=asked.width,
-                    cells=asked.cells, nodes=asked.nodes)  # fmt: skip
+        case = Case("deviceless", asked.clients, 9, FULL_ROUND, (), plan=plan, **network)
         try:
             found = compiled(device, case, Variant("ours", asked.at_once, way=way))
         except RuntimeError as error:
             print(f"error: {plan} {way}: {' '.join(str(error).split())[:500]}", file=sys.stderr)
             failed = 1
             continue
-        same = ("plan", "way", "at_once", "size")
-        document["results"] = [e for e in document["results"] if any(e[key] != name[key] for key in same)]
-        document["results"].append(name | {"command": command} | found)
-        print(f"{plan} {way}: {found['kernels']:.0f} kernels, {found['conditionals']:.0f} conditionals and "
-              f"{found['bytes'] / 1e9:.1f} GB a step, {found['temporary_bytes'] / 1e9:.2f} GB of temporaries, compiled "
-              f"in {found['compile_seconds']:.0f} s", flush=True)  # fmt: skip
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for target, text in ((path, json.dumps(document, indent=1) + "\n"), (path.with_suffix(".md"), page(document))):
-            unfinished = target.with_name(f".{target.name}.{os.getpid()}")
-            unfinished.write_text(text)
-            os.replace(unfinished, target)
+        document["results"] = [known for known in document["results"] if any(known[k] != work[k] for k in work)]
+        document["results"].append(entry | {"command": command} | found)
+        save(path, document)
+        print(
+            f"{plan} {way}: {found['kernels']:.0f} kernels, {found['conditionals']:.0f} conditionals and "
+            f"{found['bytes'] / 1e9:.1f} GB a step, {found['temporary_bytes'] / 1e9:.2f} GB of temporaries, compiled "
+            f"in {found['compile_seconds']:.0f} s",
+            flush=True,
+        )
     return failed
+
+
+def main(argv: list[str]) -> int:
+    """argv (argv[0] is the program) -> the exit status."""
+    asked = parse(argv)
+    try:
+        return run(asked, " ".join(["python experiments/deviceless.py", *argv[1:]]))
+    except (RuntimeError, results.ResultsError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

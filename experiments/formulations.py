@@ -2,6 +2,7 @@
 
     python experiments/formulations.py step                          # remat, stored and batched cells
     python experiments/formulations.py step --before OTHER_CHECKOUT  # and the network of another checkout
+    python experiments/formulations.py step --plan terminal          # the network a search ends with
     python experiments/formulations.py layers                        # single layers
 
 All run in one process and in turn, so that other work on the machine meets all alike: read ratios, not
@@ -18,6 +19,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from timing.cases import Case, plan_and_mask
 
 HERE = str(Path(__file__).resolve().parents[1])
 
@@ -78,6 +80,8 @@ def network_steps(flags) -> dict:
     """{name: function of (params, stats, images, mix)} that takes `flags.steps` steps of plain SGD."""
     size = {"width": flags.width, "length": flags.cells, "nodes": flags.nodes, "dtype": flags.dtype}
     task = {"shape": (flags.image, flags.image, 3), "classes": 10, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    case = Case("step", 1, 1, 1, (), plan=flags.plan, nodes=flags.nodes)
+    task["plan"] = tuple(tuple(map(tuple, edges)) for edges in plan_and_mask(case, seed=0)[0])
 
     def training(net):
         def loss(trained, stats, image):
@@ -196,6 +200,7 @@ def main() -> None:
     names = "of the network: remat, stored, batched, batched-remat and, on a GPU, pallas"
     parser.add_argument("--ways", default="remat,stored,batched", help=names)
     parser.add_argument("--kernel", choices=("pallas", "interpret"), help="layers: also a block by the Pallas kernels")
+    parser.add_argument("--plan", choices=("full", "terminal"), default="full", help="of the network")
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--cells", type=int, default=8)
     parser.add_argument("--nodes", type=int, default=4)
