@@ -1,6 +1,6 @@
 """ReLU, depthwise k x k, pointwise and the sums of a batch norm in one Pallas (Triton) kernel; and its gradient.
 
-For GPUs, and off by default: these kernels have been interpreted and lowered for CUDA, but NEVER RUN ON A GPU.
+For GPUs, and off by default: these kernels have been interpreted, and compiled for a GPU, but NEVER RUN ON ONE.
 `layers.depthwise` and `layers.pointwise` are the reference.
 
 A program takes `TILE` values: all channels of a run of output positions (h, w, n), counted in the order they
