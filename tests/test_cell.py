@@ -155,6 +155,13 @@ def test_edges_of_one_source_share_their_pool():
         assert len(np.unique(moments, axis=0)) == len({*source})
 
 
+def test_what_suits_a_backend():
+    """Small arrays for a CPU until one operation an edge is left; large ones elsewhere."""
+    several, one = ((SEP3, MAX), (SKIP,)), ((SEP3,), ())
+    assert suited("cpu", several) == How(remat=True, batched=False)
+    assert {suited("cpu", one), suited("gpu", several), suited("tpu", one)} == {How(remat=False, batched=True)}
+
+
 # --- Other platforms ----------------------------------------------------------------------------------------
 
 
