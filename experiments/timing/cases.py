@@ -104,7 +104,7 @@ def quick() -> list[Case]:
         Case("round of cifar10_small", 6, 18, 18, (Variant("ours"), EAGER[0]), repeats=1, **small),
         # For these the time may not suffice; the same command again goes on with them.
         Case("pruned round of cifar10_small", 6, 18, 18, (pruned, EAGER[0]), plan="terminal", repeats=2, **small),
-        Case("supernet step", 1, 1, 2 * FULL_ROUND, (EAGER[1],), M=0, repeats=2),
+        Case("supernet step in NCHW", 1, 1, 2 * FULL_ROUND, (EAGER[1],), M=0, repeats=2),
     ]
 
 
