@@ -139,7 +139,9 @@ def _tiling(pointwise, shape):
 
 def _call(kernel, shapes, programs, interpret, *arrays):
     """Runs `kernel`; its derivative is refused in words, where that of a Pallas call would fail in some way."""
-    params = triton.CompilerParams(num_warps=4)
+    # With stages, Triton prefetches every tap into shared memory: more than an H200 has for a 5x5 kernel of 64
+    # channels, and it compiles several times longer.
+    params = triton.CompilerParams(num_warps=4, num_stages=1)
     run = jax.custom_jvp(
         pl.pallas_call(kernel, shapes, grid=(programs,), interpret=interpret, compiler_params=params)
     )
