@@ -140,15 +140,6 @@ def page(document: dict) -> str:
     return "\n".join(lines)
 
 
-def save(path: Path, document: dict) -> None:
-    """Writes the record and the page beside it, each whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for target, text in ((path, json.dumps(document, indent=1) + "\n"), (path.with_suffix(".md"), page(document))):
-        unfinished = target.with_name(f".{target.name}.{os.getpid()}")
-        unfinished.write_text(text)
-        os.replace(unfinished, target)
-
-
 class _Parser(argparse.ArgumentParser):
     """Says in one line what is wrong."""
 
@@ -207,7 +198,7 @@ def run(asked: argparse.Namespace, command: str) -> int:
             continue
         document["results"] = [known for known in document["results"] if any(known[k] != work[k] for k in work)]
         document["results"].append(entry | {"command": command} | found)
-        save(path, document)
+        results.write(path, document, page(document))
         print(
             f"{plan} {way}: {found['kernels']:.0f} kernels, {found['conditionals']:.0f} conditionals and "
             f"{found['bytes'] / 1e9:.1f} GB a step, {found['temporary_bytes'] / 1e9:.2f} GB of temporaries, compiled "

@@ -66,11 +66,16 @@ def load(path: Path, machine: str) -> dict:
 
 
 def save(path: Path, document: dict) -> None:
-    """Writes the record and its table beside it, each whole or not at all."""
+    """Writes the record and its table beside it."""
     from timing.table import markdown
 
+    write(path, document, markdown(document))
+
+
+def write(path: Path, document: dict, page: str) -> None:
+    """Writes a record and a page about it beside it, each whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    for target, text in ((path, json.dumps(document, indent=1) + "\n"), (path.with_suffix(".md"), markdown(document))):
+    for target, text in ((path, json.dumps(document, indent=1) + "\n"), (path.with_suffix(".md"), page)):
         unfinished = target.with_name(f".{target.name}.{os.getpid()}")
         unfinished.write_text(text)
         os.replace(unfinished, target)
