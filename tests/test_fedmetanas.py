@@ -37,6 +37,12 @@ def test_prune_events_of_the_paper_sized_run():
     assert starts == [0, 300, 350, 400, 450, 500, 550, 600, 650, 700, 750, 800]
 
 
+def test_a_run_too_short_to_prune_is_one_phase():
+    """prune_until = 0.1 of three rounds is round 0."""
+    listed = phases("fedmetanas", SETTING._replace(rounds=3), prune_from=0.05, prune_until=0.1)
+    assert [phase.start for phase in listed] == [0]
+
+
 def test_with_time_to_compile_the_program_shrinks_some_rounds_after_the_mask(search):
     listed = phases("fedmetanas", SETTING._replace(ahead=4), prune_every=6, nodes=2)
     assert [(phase.start, phase.event) for phase in listed] == [

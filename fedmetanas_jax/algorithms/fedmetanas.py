@@ -7,6 +7,7 @@ From time to time it prunes operations and pairs of inputs whose noise-free weig
 rounds that follow run the smaller network, and what is left in the end needs no retraining.
 """
 
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import jax
@@ -212,8 +213,8 @@ def fedmetanas(
     events = sorted({*range(round(prune_from * setting.rounds), last, prune_every), last} - {0})
     events = [t for t in events if t < setting.rounds]
     search = Phase(0, lambda server, plan: (masks.full_keep(space.nodes), server), make)
-    ends = [*events[1:], setting.rounds]
-    return [search, *(phase for t, until in zip(events, ends, strict=True) for phase in phases_of(t, until))]
+    spans = pairwise([*events, setting.rounds])
+    return [search, *(phase for t, until in spans for phase in phases_of(t, until))]
 
 
 def _check(**options: tuple) -> None:
