@@ -5,9 +5,9 @@
     python experiments/deviceless.py --kernels  # the Pallas kernels alone, at the sizes of its cells
 
 XLA compiles for a described GPU as it would for one at hand, but for choosing among matrix-product kernels by
-timing them. So kernels, conditionals (each of which the host must answer), bytes and memory are those of the real
-program, its compile time is that of this machine, and "memory time" is a bound: a round cannot take less than its
-bytes over the bandwidth of the data sheet, and takes more.
+timing them. So kernels, conditionals (for which a GPU may have to ask the host), bytes and memory are those of the
+real program but for those products, its compile time is that of this machine, and "memory time" is a bound: unless
+caches serve it, a round cannot take less than its bytes over the bandwidth of the data sheet.
 
 Leaves results/deviceless-<gpu>.json and .md, written after every program; what is there with the same versions is not
 compiled again. Exit status: 0 done, 1 a program did not compile, 2 the request made no sense.
@@ -116,7 +116,7 @@ def page(document: dict) -> str:
     lines = [f"# Rounds compiled for one {document['hardware']}, not run", ""]
     lines += [
         "A step is one batch of each client that is computed at once, forward and backward, with its share of the "
-        "optimizers and of the averaging. Conditionals each make the host answer. Bytes are operands and results in "
+        "optimizers and of the averaging. For conditionals a GPU may have to ask the host. Bytes are operands and results in "
         f"the optimized HLO; memory time is those of a round over {bandwidth / 1e12:.1f} TB/s, which no round "
         "can be faster than unless caches serve it. Compiled on a CPU: matrix products were not tuned.",
         "",
@@ -163,6 +163,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--kernels", action="store_true", help="compile the Pallas kernels alone, and only say so")
     parser.add_argument("--out", type=Path, help="default results/deviceless-<gpu>.json")
     asked = parser.parse_args(argv[1:])
+    for name in ("clients", "at_once", "cells", "width", "nodes"):
+        if getattr(asked, name) < 1:
+            parser.error(f"--{name}={getattr(asked, name)} must be at least 1")
     if asked.clients % asked.at_once:
         parser.error(f"--clients={asked.clients} is no multiple of --at_once={asked.at_once}")
     asked.ways, asked.plans = asked.ways.split(","), asked.plans.split(",")

@@ -17,6 +17,8 @@ TINY = ["deviceless.py", "--cells=1", "--nodes=1", "--width=4", "--clients=2", "
         ("--ways=auto", "--ways holds 'auto'"),
         ("--plans=half", "--plans holds 'half'; there are full, terminal"),
         ("--at_once=2", "--clients=5 is no multiple of --at_once=2"),
+        ("--at_once=0", "--at_once=0 must be at least 1"),
+        ("--cells=-1", "--cells=-1 must be at least 1"),
         ("--gpu=a100", "invalid choice: 'a100'"),
         ("--fast", "unrecognized arguments: --fast"),
     ],
