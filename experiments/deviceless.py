@@ -118,7 +118,8 @@ def page(document: dict) -> str:
         "A step is one batch of each client that is computed at once, forward and backward, with its share of the "
         "optimizers and of the averaging. For conditionals a GPU may have to ask the host. Bytes are "
         f"operands and results in the optimized HLO; memory time is those of a round over {bandwidth / 1e12:.1f} "
-        "TB/s, which no round can be faster than unless caches serve it. Compiled on a CPU: matrix products were not tuned.",
+        "TB/s, which no round can be faster than unless caches serve it. Compiled on a CPU: matrix "
+        "products were not tuned.",
         "",
     ]
     for size in dict.fromkeys(json.dumps(entry["size"]) for entry in document["results"]):
