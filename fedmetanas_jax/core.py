@@ -50,31 +50,48 @@ class Supernet(NamedTuple):
     """A Model with one more argument: the weight of every candidate operation on every edge."""
 
     init: Callable  # key -> (params, stats)
-    apply: Callable  # (params, stats, image, mix [cell types=2, edges, ops] float32, train) -> (logits, stats)
+    apply: Callable  # (params, stats, image, mix [cell types, edges, ops] float32, train) -> (logits, stats)
     momentum: float
     macs: int
 
 
-class SearchSpace(NamedTuple):
-    """All the networks of one supernet. A plan, [2][edges] lists of live operations, is JSON."""
+class Graph(NamedTuple):
+    """What the cells of a search space are made of; hashable, so static under jit.
 
-    nodes: int  # intermediate nodes of a cell; edges = nodes (nodes + 3) / 2
+    Input i < `inputs` of a cell comes from outside, input `inputs` + j is the cell's own node j. Everything that
+    has a row per edge, operation or pair has them in the order given here.
+    """
+
+    cell_types: tuple[str, ...]
+    ops: tuple[str, ...]  # candidate operations of every edge
+    inputs: int
+    edges: tuple[tuple[int, int], ...]  # (input, node), node by node
+    pairs: tuple[tuple[int, int, int], ...]  # (node, input, input): a node ends up with one of its pairs; () where
+    #   every edge stays
+    output: tuple[int, ...]  # the nodes that the output of a cell is made of
+
+
+class SearchSpace(NamedTuple):
+    """All the networks of one supernet. A plan, [cell types][edges] lists of live operations, is JSON."""
+
+    graph: Graph
     make: Callable  # plan -> Supernet that computes the plan's operations alone
     carry_over: Callable  # (params or stats, old plan, new plan) -> the rows that the new plan keeps
+    derive: Callable  # (plan, **size) -> Model: the plan's operations, each at weight 1; `size` overrides the space's
 
 
 class Mask(NamedTuple):
     """What is still in the search; True = alive. Only ever shrinks."""
 
-    op: Array  # [cell types=2, edges, ops] bool
-    pair: Array  # [cell types=2, pairs] bool
+    op: Array  # [cell types, edges, ops] bool
+    pair: Array  # [cell types, pairs] bool; no pairs where every edge stays
 
 
 class Alpha(NamedTuple):
     """Architecture parameters: free logits (methods write them log alpha)."""
 
-    op: Array  # [cell types=2, edges, ops] float32
-    pair: Array  # [cell types=2, pairs] float32
+    op: Array  # [cell types, edges, ops] float32
+    pair: Array  # [cell types, pairs] float32
 
 
 class Net(NamedTuple):
@@ -85,13 +102,31 @@ class Net(NamedTuple):
     mix: Tree = ()  # of a supernet; empty for a fixed architecture
 
 
-class ClientUpdate(NamedTuple):
-    """What one client sends after its local work."""
+class Reply(NamedTuple):
+    """What a client answers to a message: all of it but `own` and `metrics` crosses the wire."""
 
-    update: Tree  # averaged over the cohort
+    change: dict  # learnt minus sent, by part: "params", "stats", "alpha", ...; what was not sent counts as 0. This is
+    #   what is checked, clipped and averaged; exactly 0 where the client had nothing to learn
     weight: Array  # [] n_k, or 1 where the paper averages evenly
-    client_state: Tree  # kept for this client's next turn
+    own: Tree  # kept by this client for its next turn
+    report: Tree  # small; reaches the server client by client; usually ()
     metrics: dict  # name -> [] float32; "loss" and "image_gradients" always
+
+
+class Merged(NamedTuple):
+    """What the server learns of a round."""
+
+    change: dict  # what `aggregate` made of the changes
+    client: Array  # [cohort] int32, who was asked
+    weight: Array  # [cohort] float32, what each one weighed; 0 = left out, and its report is not to be read
+    report: Tree  # leaves [cohort, ...]
+
+
+class Aggregate(NamedTuple):
+    """How the changes of a cohort become one; see engine/aggregate.py."""
+
+    apply: Callable  # (change, leaves [cohort, ...]; weight [cohort], NaN = not finite; key) -> (change, weight, metrics)
+    allowed: int = 0  # replies that may be left out for not being finite, in the whole run, before it stops
 
 
 class Setting(NamedTuple):
@@ -102,7 +137,12 @@ class Setting(NamedTuple):
     batch: int  # B
     augment: Callable  # (key, image [b, h, w, c] uint8) -> the same shape and type
     share: float = 1.0  # S / K, clients of a round of all clients
-    ahead: int = 0  # rounds between deciding on a smaller program and entering it; it is compiled meanwhile
+    lr: float = 0.025  # of local SGD in round 0 (D-23)
+    lr_end: float = 0.001  # in round R, half a cosine away (D-31)
+    momentum: float = 0.9
+    weight_decay: float = 3e-4
+    clip: float | None = None  # largest norm of a gradient
+    finetune_lr: float = 0.01  # of the plain SGD by which a client personalises a network (D-27)
 
 
 # Steps of personalisation: none at all, one step, one epoch, as many epochs as a round has.
@@ -110,32 +150,34 @@ Depth = Literal["none", "step", "epoch", "epochs"]
 
 
 class Algorithm(NamedTuple):
-    """A federated method, written for one client."""
+    """A federated method, written for one client. A message is all that a client learns of the server."""
 
-    init: Callable  # key -> (server_state, client_state); server_state.round counts rounds
-    client_update: Callable  # (server_state, client_state, Examples, key) -> ClientUpdate
-    server_update: Callable  # (server_state, mean update) -> server_state
-    personalize: Callable  # (server_state, client_state, Examples, key, steps [] int32) -> Net this client would
-    #   use after that many of the method's own personalising steps on its own rows
+    init: Callable  # key -> (server, own): what the server keeps, and what every client keeps at first, () for nothing;
+    #   server.round counts rounds
+    send: Callable  # (server, client [] int32, key) -> message; only arrays, since its size is the bytes down
+    client_update: Callable  # (message, own, Examples, key) -> Reply
+    server_update: Callable  # (server, Merged) -> server
+    personalize: Callable  # (message, own, Examples, key, steps [] int32) -> Net this client would use after that many
+    #   of the method's own personalising steps on its own rows
     forward: Callable  # (Net, image, train) -> (logits, stats), as Model.apply
-    broadcast: Callable  # server_state -> what a client is sent (counted as bytes down)
     macs: int  # of one image's forward pass
     depth: Depth = "none"  # how far the method itself personalises before a client uses its network
     least_rows: int = 1  # training rows without which a client cannot take part
-    global_model: Callable | None = None  # server_state -> Net that serves everybody
-    discrete_model: Callable | None = None  # server_state -> Net after pruning to one operation an edge
-    report: Callable = lambda server_state: {}  # server_state -> dict of [] numbers for the round's record
+    global_model: Callable | None = None  # server -> Net that serves everybody; None where there is none
+    discrete_model: Callable | None = None  # server -> Net after pruning to one operation an edge
+    report: Callable = lambda server: {}  # server -> dict of [] numbers for the round's record
 
 
 class Phase(NamedTuple):
     """A stretch of rounds that runs one algorithm. A run is a list of them."""
 
     start: int  # its first round
-    enter: Callable  # (last phase's server_state, its plan), two None at the start -> (plan, server_state)
+    enter: Callable  # (the last phase's server, its plan, key) -> (plan, server); of the first phase, whose algorithm's
+    #   init makes the server: (None, None, key) -> (plan, None)
     make: Callable  # plan -> Algorithm; the plan is JSON, so a resumed run makes the same program
     event: str = ""  # what entering it is called in the records
-    foresee: Callable | None = None  # server_state before -> the plan that `enter` will come to, where rounds in
-    #   between do not change it: the phase's program can then be compiled before it is due
+    smaller: Callable | None = None  # (server, plan) -> (plan, server): the same function by the smallest program that
+    #   this server calls for. When the run moves there is the engine's affair
 
 
 class RoundState(NamedTuple):
@@ -143,5 +185,5 @@ class RoundState(NamedTuple):
 
     round: Array  # [] int32, rounds done
     seed: Array  # [] uint32, of all that is random; a value, so that runs of several seeds share a program
-    server_state: Tree
-    client_states: Tree  # every leaf [clients, ...]
+    server: Tree
+    owns: Tree  # what clients keep, every leaf [clients, ...]
