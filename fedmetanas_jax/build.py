@@ -1,31 +1,26 @@
 """From a Config to a finished run: the one place that knows everything."""
 
-import json
 import os
 import tempfile
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from fedmetanas_jax import network, tree
+from fedmetanas_jax import deliver
 from fedmetanas_jax.algorithms import ALGORITHMS
-from fedmetanas_jax.config import Config, to_dict, validate
-from fedmetanas_jax.core import Algorithm, FederatedData, Net, Phase, RoundState, SearchSpace, Setting
+from fedmetanas_jax.architecture import Architecture, make_architecture, searches
+from fedmetanas_jax.config import MAY_CHANGE, Config, to_dict, validate
+from fedmetanas_jax.core import Algorithm, FederatedData, Phase, Setting
 from fedmetanas_jax.data import federated, partition, picture, sources
 from fedmetanas_jax.data.augment import augmenter
-from fedmetanas_jax.engine import curves, records
+from fedmetanas_jax.engine import aggregate, curves, records
 from fedmetanas_jax.engine import run as engine
 from fedmetanas_jax.engine.checkpoint import CheckpointError
-from fedmetanas_jax.engine.evaluate import calibration_rows, recalibrate
 from fedmetanas_jax.engine.mesh import clients_mesh
-from fedmetanas_jax.engine.programs import Plan
+from fedmetanas_jax.engine.programs import Conduct
 from fedmetanas_jax.engine.report import NonFiniteError
-from fedmetanas_jax.nas import genotype as genotypes
-from fedmetanas_jax.nas import mask as masks
-from fedmetanas_jax.nas import picture as cell_picture
-from fedmetanas_jax.networks import Network, make_network
+from fedmetanas_jax.files import write_json
 from fedmetanas_jax.options import UsageError
 
 AHEAD = 25  # rounds in which a GPU is expected to have the next program compiled
@@ -47,26 +42,31 @@ def prepare_jax(config: Config) -> None:
 
 def one_phase(algorithm: Algorithm) -> list[Phase]:
     """A method that runs the same program from the first round to the last."""
-    return [Phase(0, lambda server_state, plan: (None, server_state), lambda plan: algorithm)]
+    return [Phase(0, lambda server, plan, key: (None, server), lambda plan: algorithm)]
 
 
-def make_phases(config: Config, dataset: sources.Dataset) -> tuple[list[Phase], Network]:
+def make_setting(config: Config, augment, searching: bool) -> Setting:
+    """The conditions common to all methods."""
+    names = ("rounds", "epochs", "batch", "lr", "lr_end", "momentum", "weight_decay", "finetune_lr")
+    clip = (5.0 if searching else 0.0) if config.clip == -1 else config.clip
+    common = {name: getattr(config, name) for name in names}
+    return Setting(augment=augment, share=config.cohort / config.clients, clip=clip or None, **common)
+
+
+def make_phases(config: Config, dataset: sources.Dataset) -> tuple[list[Phase], Architecture]:
     """The method's phases, and the network they are over. UsageError names what is off."""
     factory = ALGORITHMS[config.method]
-    on_cpu = jax.default_backend() == "cpu"
-    bfloat16 = config.compute == "bfloat16" or (config.compute == "auto" and not on_cpu)
+    bfloat16 = config.compute == "bfloat16" or (config.compute == "auto" and not _on_cpu())
     mean, _ = sources.mean_std(config.dataset, dataset)
-    ahead = config.compile_ahead if config.compile_ahead >= 0 else 0 if on_cpu else AHEAD
     try:
-        augment, share = augmenter(config.augment, mean=mean), config.cohort / config.clients
-        setting = Setting(config.rounds, config.epochs, config.batch, augment, share, ahead)
-        network = make_network(config, dataset, factory, jnp.bfloat16 if bfloat16 else jnp.float32)
-        made = factory(network.made, setting, **config.options)
+        setting = make_setting(config, augmenter(config.augment, mean=mean), searches(factory))
+        chosen = make_architecture(config, dataset, factory, jnp.bfloat16 if bfloat16 else jnp.float32)
+        made = factory(chosen.made, setting, **config.options)
         phases = one_phase(made) if isinstance(made, Algorithm) else made
         first_algorithm(phases)  # an image the network cannot take is found here
     except ValueError as error:
         raise UsageError(str(error)) from error
-    return phases, network
+    return phases, chosen
 
 
 def make_data(config: Config, dataset: sources.Dataset, least_rows: int, workdir: Path) -> FederatedData:
@@ -91,7 +91,7 @@ def make_data(config: Config, dataset: sources.Dataset, least_rows: int, workdir
         )
     parameters |= {"kind": config.partition, "dataset": config.dataset}
     manifest = partition.manifest(parts, *labels, classes, parameters)
-    records.write_json(workdir / "partition.json", manifest)
+    write_json(workdir / "partition.json", manifest)
     counts = partition.histogram(parts.train, dataset.train_labels, classes)
     picture.draw(counts, dataset.label_names, workdir / "partition.png")
     return federated.federate(dataset, parts)
@@ -110,30 +110,56 @@ def run(
     validate(config)
     prepare_jax(config)
     dataset = sources.load(config.dataset, sources.data_dir(data_dir))
-    with records.claim(workdir, to_dict(config), print):
+    with records.claim(workdir, to_dict(config), print, MAY_CHANGE):
         phases, chosen = make_phases(config, dataset)
+        conduct = make_conduct(config)
         if chosen.genotype is not None:
-            keep_genotype(chosen, workdir)
+            deliver.write_genotype(chosen, chosen.genotype, workdir)
         try:
             mesh = clients_mesh(config.devices)
         except ValueError as error:
             raise UsageError(str(error)) from error
         data = make_data(config, dataset, first_algorithm(phases).least_rows, workdir)
-        names = Plan._fields
-        plan = Plan(**{name: getattr(config, name) for name in names})
-        plan = plan._replace(at_once=clients_at_once(config), block=rounds_in_a_dispatch(config))
         outcome = engine.run(
-            phases, data, plan, workdir=workdir, mesh=mesh, stop_after=stop_after, go_on=command
+            phases, data, conduct, workdir=workdir, mesh=mesh, stop_after=stop_after, go_on=command
         )
         title = f"{task}, {config.method}, seed {config.seed}"
         curves.draw(records.read(workdir / "records.jsonl"), workdir / "curves.png", title)
         if outcome is not None:
-            finish(config, dataset, chosen, data, *outcome, workdir=workdir)
+            deliver.finish(config, dataset, chosen, data, outcome, workdir=workdir)
+
+
+def make_conduct(config: Config) -> Conduct:
+    """How the run goes about its rounds, with what suits the backend where the config leaves it open.
+
+    On a CPU clients are worked on one after another, a dispatch is one round, so that a run can be stopped after each
+    (they last), and a prune event waits for its smaller program. On accelerators as many clients as fit are computed
+    together, a dispatch has all rounds to the next checkpoint, and programs are compiled ahead. Clients' states
+    that may be on the host allow dispatches of one round.
+    """
+    try:
+        stages = aggregate.parse(config.aggregate)
+    except ValueError as error:
+        raise UsageError(f"config.{error}") from None
+    same = {name: getattr(config, name) for name in Conduct._fields if name != "aggregate"}
+    conduct = Conduct(**same, aggregate=stages)
+    if conduct.at_once < 0 and _on_cpu():
+        conduct = conduct._replace(at_once=1)
+    if conduct.block == 0:
+        alone = _on_cpu() or config.client_states == "host"
+        conduct = conduct._replace(block=1 if alone else config.checkpoint_every)
+    if conduct.compile_ahead < 0:
+        conduct = conduct._replace(compile_ahead=0 if _on_cpu() else AHEAD)
+    return conduct
+
+
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
 
 
 def first_algorithm(phases: list[Phase]) -> Algorithm:
     """What a run's first rounds run."""
-    return phases[0].make(phases[0].enter(None, None)[0])
+    return phases[0].make(phases[0].enter(None, None, jax.random.key(0))[0])
 
 
 def without_a_run(config: Config, data_dir: str | None) -> tuple[Algorithm, FederatedData]:
@@ -144,93 +170,3 @@ def without_a_run(config: Config, data_dir: str | None) -> tuple[Algorithm, Fede
     algorithm = first_algorithm(make_phases(config, dataset)[0])
     with tempfile.TemporaryDirectory() as folder:
         return algorithm, make_data(config, dataset, algorithm.least_rows, Path(folder))
-
-
-def clients_at_once(config: Config) -> int:
-    """config.at_once, or what suits the backend: one after another on a CPU, else -1, as many as fit."""
-    if config.at_once >= 0:
-        return config.at_once
-    return 1 if jax.default_backend() == "cpu" else -1
-
-
-def rounds_in_a_dispatch(config: Config) -> int:
-    """config.block, or what suits the backend: on a CPU, whose rounds last, one, so that a run can be stopped
-    after each; else all to the next checkpoint. Clients' states that may be on the host allow one."""
-    if config.block > 0:
-        return config.block
-    alone = jax.default_backend() == "cpu" or config.client_states == "host"
-    return 1 if alone else config.checkpoint_every
-
-
-def keep_genotype(chosen: Network, workdir: Path) -> None:
-    """Leaves the architecture a run was given beside what it finds. WorkdirError where another one is there."""
-    path, text = workdir / "genotype.json", genotypes.to_json(chosen.genotype)
-    if path.exists() and path.read_text() != text:
-        raise records.WorkdirError(f"{path} is not the genotype that config.network now holds; use another workdir")
-    records.write_text(path, text)
-    cell_picture.draw(chosen.genotype, workdir / "cells.png")
-
-
-def finish(
-    config: Config,
-    dataset: sources.Dataset,
-    chosen: Network,
-    data: FederatedData,
-    algorithm: Algorithm,
-    state: RoundState,
-    summary: dict,
-    *,
-    workdir: Path,
-) -> None:
-    """Leaves what was found: genotype, picture of the cells, the network as one file, and the figures."""
-    server = state.server_state
-    served = algorithm.discrete_model or algorithm.global_model
-    net, plan, space = served(server), None, chosen.made
-    if config.bn_eval == "recalibrated":
-        rows = calibration_rows(data, state.seed, state.round - 1, config.cohort)
-        net = recalibrate(algorithm.forward, net, data.image[rows], config.eval_batch)
-    expected = np.asarray(algorithm.forward(net, data.image[data.central[:64]], False)[0])
-    if isinstance(space, SearchSpace):
-        genotype = genotypes.pair_rule(server.alpha, server.mask)
-        records.write_text(workdir / "genotype.json", genotypes.to_json(genotype))
-        records.write_text(workdir / "genotype.txt", genotypes.to_text(genotype))
-        cell_picture.draw(genotype, workdir / "cells.png")
-        plan = masks.keep(masks.terminal(server.alpha, server.mask))
-        cut = [space.carry_over(x, masks.keep(server.mask), plan) for x in (net.params, net.stats)]
-        net = Net(*cut, net.mix)
-    elif chosen.genotype is not None:
-        nodes = chosen.arguments["nodes"]
-        plan = genotypes.to_keep(chosen.genotype, nodes)
-        net = net._replace(mix=genotypes.to_mix(chosen.genotype, nodes))
-    path = workdir / "network.npz"
-    network.save(
-        path, net, kind=chosen.kind, arguments=chosen.arguments, plan=plan, label_names=dataset.label_names
-    )
-
-    # The file is read back and asked, so that what is delivered is what was measured.
-    loaded = network.load(path)
-    images = np.asarray(data.image[data.central])
-    answers = loaded.logits(images)
-    right = answers.argmax(-1) == np.asarray(data.label[data.central])
-    summary |= {
-        "network_accuracy": float(np.mean(right)),
-        "network_parameters": int(sum(x.size for x in jax.tree.leaves(net.params))),
-        "network_bytes": tree.nbytes((net.params, net.stats)),
-        "network_largest_logit_difference": float(np.max(np.abs(answers[:64] - expected))),
-        "majority_class_local_accuracy": json.loads((workdir / "partition.json").read_text())["majority_accuracy"],
-        "versions": records.versions(),
-    }
-    records.write_json(workdir / "result.json", summary)
-    print(_last_words(summary, workdir))
-
-
-def _last_words(summary: dict, workdir: Path) -> str:
-    figures = [f"server accuracy {summary['server_accuracy']:.4f}"]
-    if "server_accuracy_discrete" in summary:
-        figures.append(f"after pruning {summary['server_accuracy_discrete']:.4f}")
-    if "local_accuracy" in summary:
-        figures.append(f"local accuracy {summary['local_accuracy']['mean']:.4f}")
-    if "local_accuracy_adapted" in summary:
-        figures.append(f"adapted {summary['local_accuracy_adapted']['mean']:.4f}")
-    figures.append(f"majority class {summary['majority_class_local_accuracy']:.4f}")
-    return f"{', '.join(figures)}\nall of it is in {workdir}: result.json, curves.png, network.npz, ..."

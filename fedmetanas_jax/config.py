@@ -13,14 +13,17 @@ from typing import Any, Literal
 from fedmetanas_jax.options import UsageError, nearest
 
 
-def _field(default, text: str, least: int | None = None):
-    return dataclasses.field(default=default, metadata={"help": text, "least": least})
+def _field(default, text: str, least: int | None = None, how: bool = False):
+    return dataclasses.field(default=default, metadata={"help": text, "least": least, "how": how})
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """The conditions of a run; the defaults are the paper's CIFAR-10, Dirichlet 0.1. Two equal Configs are
-    the same run. Where the paper is silent the value is the decision of methods section 14."""
+    the same run. Where the paper is silent the value is the decision of methods section 14.
+
+    Fields of the last block say how a run is run and measured, not what it is: they may change when it is resumed.
+    """
 
     method: str = _field("fedmetanas", "the federated method; --list shows them")
     options: dict[str, Any] = dataclasses.field(
@@ -46,54 +49,72 @@ class Config:
     )
     seed: int = _field(1, "of everything random: partition, weights, cohorts, batches, noise", least=0)
 
+    lr: float = _field(0.025, "of local SGD in the first round (D-23); the meta optimizer's of methods with one")
+    lr_end: float = _field(0.001, "of local SGD in the last round, half a cosine away (D-31)")
+    momentum: float = _field(0.9, "of local SGD; scaffold has none")
+    weight_decay: float = _field(3e-4, "of local SGD")
+    clip: float = _field(
+        -1.0, "largest norm of a gradient of local SGD; 0: any; -1: 5 for methods that search (as DARTS), else any"
+    )
+    finetune_lr: float = _field(0.01, "of the plain SGD by which a client personalises a fixed network (D-27)")
+    aggregate: str = _field(
+        "mean",
+        "how clients' changes become one: mean; before it, with commas between, finite:N (leave out replies that are "
+        "not finite, up to N in the run) and clip:C[:C_ALPHA[:C_STATS]] (largest norms of a client's change)",
+    )
+
+    space: Literal["darts", "nasbench201"] = _field("darts", "the search space of methods that search")
     width: int = _field(16, "channels of the supernet's first cells, C", least=1)
-    cells: int = _field(8, "cells of the supernet, L", least=1)
-    nodes: int = _field(4, "intermediate nodes of a cell", least=1)
+    cells: int = _field(8, "cells of the supernet, L; a multiple of 3 in nasbench201", least=1)
+    nodes: int = _field(4, "intermediate nodes of a DARTS cell", least=1)
     network: str = _field(
         "mobilenetv3_large",
         "of methods that search nothing: mobilenetv3_large, mobilenetv3_tiny (for tests and demonstrations), or "
-        "the genotype.json a search left, for that architecture at this width and number of cells",
+        "the genotype.json a search of this space left, for that architecture at this width and number of cells",
     )
     stem: Literal[1, 2] = _field(1, "stride of the MobileNetV3's first convolution (D-26)")
-    supernet: Literal["auto", "remat", "stored", "batched", "batched-remat", "pallas"] = _field(
-        "auto",
-        "how a DARTS network is computed; remat: edge by edge, each again for its gradient; stored: not again, 13 "
-        "times the memory; batched: all edges and operations of a source at once, stored; batched-remat: that again; "
-        "pallas: batched, convolutions by GPU kernels of our own; auto: remat on a CPU before pruning, else batched",
-    )
     bn_eval: Literal["running", "batch", "recalibrated"] = _field(
         "running", "batch-norm statistics used to evaluate (D-10)"
     )
-
     compute: Literal["auto", "float32", "bfloat16"] = _field(
         "auto", "type of the networks' arithmetic; auto: bfloat16 on accelerators, float32 on CPU"
     )
+    eval_batch: int = _field(250, "images in an evaluation batch", least=1)
+
     at_once: int = _field(
-        -1, "clients computed together; 0: all; -1: one on CPU, else as many as the device's memory allows", least=-1
+        -1,
+        "clients computed together; 0: all; -1: one on CPU, else as many as the device's memory allows",
+        least=-1,
+        how=True,
     )
-    devices: int = _field(1, "devices a round's clients are spread over; 0: all there are", least=0)
+    devices: int = _field(1, "devices a round's clients are spread over; 0: all there are", least=0, how=True)
     client_states: Literal["auto", "device", "host"] = _field(
-        "auto", "where what clients keep between rounds is held; auto: the device, if it has room"
+        "auto", "where what clients keep between rounds is held; auto: the device, if it has room", how=True
     )
     compile_ahead: int = _field(
         -1,
         "rounds between a prune event and its smaller program, which is compiled meanwhile; 0: the run waits for it; "
         "-1: 0 on CPU, else 25",
         least=-1,
+        how=True,
     )
     block: int = _field(
-        0, "most rounds in one dispatch to the device; 0: one on CPU, else all to the next checkpoint", least=0
+        0,
+        "most rounds in one dispatch to the device; 0: one on CPU, else all to the next checkpoint",
+        least=0,
+        how=True,
     )
-
-    eval_batch: int = _field(250, "images in an evaluation batch", least=1)
-    eval_every: int = _field(10, "rounds between server and un-adapted local accuracy; 0: only at the end", least=0)
+    eval_every: int = _field(
+        10, "rounds between server and un-adapted local accuracy; 0: only at the end", least=0, how=True
+    )
     adapt_every: int = _field(
-        0, "rounds between local accuracies of personalised networks; 0: as final_adapt says", least=0
+        0, "rounds between local accuracies of personalised networks; 0: as final_adapt says", least=0, how=True
     )
-    final_adapt: bool = _field(True, "local accuracy of personalised networks at the end of the run")
-    checkpoint_every: int = _field(10, "rounds between checkpoints", least=1)
+    final_adapt: bool = _field(True, "local accuracy of personalised networks at the end of the run", how=True)
+    checkpoint_every: int = _field(10, "rounds between checkpoints", least=1, how=True)
 
 
+MAY_CHANGE = frozenset(field.name for field in dataclasses.fields(Config) if field.metadata.get("how"))
 MOBILENETS = {"mobilenetv3_large": "large", "mobilenetv3_tiny": "tiny"}  # by the name config.network has for them
 
 
@@ -110,6 +131,12 @@ def validate(config: Config) -> None:
             raise UsageError(f"config.{field.name}: {nearest('choice', value, typing.get_args(field.type))}")
     if not (config.concentration > 0 and math.isfinite(config.concentration)):
         raise UsageError(f"config.concentration is {config.concentration}; it must be positive and finite")
+    for name, most in (("lr", math.inf), ("lr_end", math.inf), ("weight_decay", math.inf), ("momentum", 1.0)):
+        value = getattr(config, name)
+        if not 0 <= value < most:
+            raise UsageError(f"config.{name} is {value}; it must be 0 or more{' and below 1' if most == 1 else ''}")
+    if not (math.isfinite(config.clip) and (config.clip >= 0 or config.clip == -1)):
+        raise UsageError(f"config.clip is {config.clip}; it must be 0 or more, or -1 for what suits the method")
     if config.cohort > config.clients:
         raise UsageError(
             f"config.cohort is {config.cohort}, but there are only {config.clients} clients (config.clients)"
@@ -151,7 +178,7 @@ def _tupled(value):
 
 # The reduced tasks search in their first rounds alone, then train what they found: a round of the discrete
 # network costs a tenth. So few rounds of search need faster logits to end anywhere but where they started.
-EARLY = {"lr": 0.05, "alpha_lr": 0.05, "warmup": 0.01}
+EARLY = {"alpha_lr": 0.05, "warmup": 0.01}
 
 
 def cifar10_dir01() -> Config:
@@ -220,6 +247,7 @@ def cifar10_small() -> Config:
         rounds=300,
         epochs=1,
         batch=16,
+        lr=0.05,
         width=12,
         cells=3,
         nodes=2,
@@ -245,6 +273,7 @@ def digits_dir01() -> Config:
         rounds=90,
         batch=16,
         augment=(),
+        lr=0.05,
         width=8,
         cells=3,
         nodes=2,

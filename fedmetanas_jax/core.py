@@ -125,7 +125,7 @@ class Merged(NamedTuple):
 class Aggregate(NamedTuple):
     """How the changes of a cohort become one; see engine/aggregate.py."""
 
-    apply: Callable  # (change, leaves [cohort, ...]; weight [cohort], NaN = not finite; key) -> (change, weight, metrics)
+    apply: Callable  # (change [cohort, ...], weight [cohort], NaN = not finite, key) -> (change, weight, metrics)
     allowed: int = 0  # replies that may be left out for not being finite, in the whole run, before it stops
 
 

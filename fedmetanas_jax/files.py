@@ -5,6 +5,7 @@ the new one, and no reader ever finds a part.
 """
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -27,5 +28,22 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value, indent: int | None = 2) -> None:
-    """`write_text` of a JSON-able value, for people to read. ValueError for NaN and infinities: JSON has none."""
-    write_text(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
+    """`write_text` of `to_json`."""
+    write_text(path, to_json(value, indent) + "\n")
+
+
+def to_json(value, indent: int | None = None) -> str:
+    """JSON of a value; arrays as lists, NaN and infinities, for which JSON has no number, as null."""
+    return json.dumps(_plain(value), indent=indent, allow_nan=False)
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):  # an array, or a number of one
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -5,7 +5,7 @@ padded rows, the real ones marked by `weight`, and a step that has no real row c
 """
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -44,15 +44,13 @@ def all_batches(key: Array, weight: Array, batch: int, epochs: int) -> tuple[Arr
     return rows.reshape(-1, batch), weight.reshape(-1, batch)
 
 
-def epoch_tasks(
-    key: Array, weight: Array, batch: int, kind: Tasks = "pairs", parts: int = 2
-) -> tuple[Array, Array]:
-    """One epoch's tasks (D-7): rows [tasks, parts, batch] int32 and valid [tasks] bool.
+def epoch_tasks(key: Array, weight: Array, batch: int, kind: Tasks = "pairs", parts: int = 2) -> tuple[Array, Array]:
+    """One epoch's tasks (D-7): rows [tasks, parts, batch] int32, weight alike.
 
     The parts are support and query and, for what needs a third batch, that one.
     "pairs" cuts the shuffled rows into disjoint tasks and drops the rest; "one" keeps the first such task;
     "split" draws part i from every `parts`-th row, starting at row i, the same ones in every epoch.
-    A task is valid if all its rows are real. ValueError if the n rows do not fill one task.
+    A task that holds a row of padding has weight 0 throughout. ValueError if the n rows do not fill one task.
     """
     if kind not in get_args(Tasks):
         raise ValueError(f"no way of making tasks called {kind!r}; there are {', '.join(get_args(Tasks))}")
@@ -68,16 +66,17 @@ def epoch_tasks(
         rows = jnp.stack([share.reshape(tasks, batch) for share in shares], axis=1)
     else:
         rows = _shuffled(key, weight)[: tasks * parts * batch].reshape(tasks, parts, batch)
-    return rows, jnp.all(weight[rows] > 0, axis=(1, 2))
+    whole = jnp.all(weight[rows] > 0, axis=(1, 2), keepdims=True)
+    return rows, jnp.where(whole, weight[rows], 0.0)
 
 
 def all_tasks(
     key: Array, weight: Array, batch: int, epochs: int, kind: Tasks = "pairs", parts: int = 2
 ) -> tuple[Array, Array]:
-    """`epoch_tasks` of every epoch end to end: rows [epochs * tasks, parts, batch], valid [epochs * tasks]."""
+    """`epoch_tasks` of every epoch end to end: two of [epochs * tasks, parts, batch]."""
     keys = jax.random.split(key, epochs)
-    rows, valid = jax.vmap(lambda k: epoch_tasks(k, weight, batch, kind, parts))(keys)
-    return rows.reshape(-1, parts, batch), valid.reshape(-1)
+    rows, weight = jax.vmap(lambda k: epoch_tasks(k, weight, batch, kind, parts))(keys)
+    return rows.reshape(-1, parts, batch), weight.reshape(-1, parts, batch)
 
 
 def _weighted(values: Array, weight: Array) -> Array:
@@ -102,59 +101,88 @@ def mean_where(values: Array, real: Array) -> Array:
     return jnp.sum(jnp.where(real, values, 0.0)) / jnp.maximum(jnp.sum(real), 1)
 
 
+class Gradient(NamedTuple):
+    """What a step of local training descends along."""
+
+    of: Callable  # (variables, stats, batches, key) -> (gradients, moments shaped as stats, metrics {name: []}), with
+    #   as many batches, Examples of [b, ...], as `passes` is long
+    passes: tuple[int, ...] = (1,)  # how often each batch of a step goes forward and backward
+
+    @property
+    def batches(self) -> int:
+        """Batches a step takes: a client must be able to fill them, unless it is one."""
+        return len(self.passes)
+
+
+def plain(loss: Callable) -> Gradient:
+    """The gradient of `loss`: (variables, stats, batch, key) -> (value, (moments, accuracy))."""
+    gradient = jax.value_and_grad(loss, has_aux=True)
+
+    def of(variables, stats, batches, key):
+        (value, (moments, accuracy)), grads = gradient(variables, stats, *batches, key)
+        return grads, moments, {"loss": value, "accuracy": accuracy}
+
+    return Gradient(of)
+
+
 def fit(
-    loss: Callable,
+    gradient: Gradient,
     optimizer: optax.GradientTransformation,
     variables: Tree,
     stats: Tree,
     data: Examples,
     key: Array,
     *,
-    batch: int,
-    epochs: int,
-    augment: Callable,
+    setting: Setting,
     momentum: float,
+    epochs: int | None = None,
     steps: Array | None = None,
+    tasks: Tasks = "pairs",
 ) -> tuple[Tree, Tree, dict]:
-    """`epochs` passes of `optimizer` over a client's rows, from a fresh optimizer state (D-30).
+    """Passes of `optimizer` along `gradient` over a client's rows, from a fresh optimizer state (D-30).
 
-    loss: (variables, stats, batch, key) -> (value, (moments, accuracy)), moments shaped as stats.
-    momentum: running stats <- (1 - momentum) stats + momentum moments, once a step.
+    A gradient of one batch sees every row once an epoch; one of several sees them cut into `tasks` (D-7). A
+    step without a real row changes nothing. Running stats <- (1 - momentum) stats + momentum moments, once a step.
+    epochs: as many as the setting says where it is None.
     steps: stop after so many, a traced number, so that one program trains to any depth; None is all of them.
-    Returns variables, stats and metrics: "loss" and "accuracy", means over the steps with a real row;
-    "image_gradients", the real images that went through a forward and backward pass.
+    Returns variables, stats and, where `steps` is None, metrics: those of the gradient as means over the steps with
+    a real row, and "image_gradients", the real images that went through a forward and backward pass.
     """
+    epochs = setting.epochs if epochs is None else epochs
     if epochs == 0:
         return variables, stats, {name: jnp.float32(0) for name in ("loss", "accuracy", "image_gradients")}
     order_key, step_key = jax.random.split(key)
-    rows, weight = all_batches(order_key, data.weight, batch, epochs)
-    keys = jax.random.split(step_key, len(rows))
-    gradient = jax.value_and_grad(loss, has_aux=True)
+    parts = gradient.batches
+    if parts == 1:
+        rows, weight = (x[:, None] for x in all_batches(order_key, data.weight, setting.batch, epochs))
+    else:
+        rows, weight = all_tasks(order_key, data.weight, setting.batch, epochs, tasks, parts)
+    xs = rows, weight, jax.random.split(step_key, len(rows))
 
-    def step(i, carry):
-        variables, stats, state, values, accuracies = carry
-        augment_key, loss_key = jax.random.split(keys[i])
-        examples = Examples(augment(augment_key, data.image[rows[i]]), data.label[rows[i]], weight[i])
-        (value, (moments, accuracy)), grads = gradient(variables, stats, examples, loss_key)
-        updates, state_after = optimizer.update(grads, state, variables)
-        stepped = optax.apply_updates(variables, updates), tree.lerp(stats, moments, momentum), state_after
+    def step(carry, x):
+        variables, stats, state = carry
+        rows, weight, key = x
+        *keys, loss_key = jax.random.split(key, parts + 1)
+        batches = [
+            Examples(setting.augment(k, data.image[r]), data.label[r], w)
+            for k, r, w in zip(keys, rows, weight, strict=True)
+        ]
+        grads, moments, metrics = gradient.of(variables, stats, batches, loss_key)
+        updates, state = optimizer.update(grads, state, variables)
+        stepped = optax.apply_updates(variables, updates), tree.lerp(stats, moments, momentum), state
         # Without a real row the gradient is 0, yet momentum and weight decay would still move the weights.
-        kept = tree.where(jnp.any(weight[i] > 0), stepped, (variables, stats, state))
-        return *kept, values.at[i].set(value), accuracies.at[i].set(accuracy)
+        return tree.where(jnp.any(weight > 0), stepped, carry), metrics
 
-    # One flat loop: the network's gradient is compiled once.
-    limit = len(rows) if steps is None else jnp.minimum(steps, len(rows))
-    blank = jnp.zeros(len(rows), jnp.float32)
-    start = variables, stats, optimizer.init(variables), blank, blank
-    variables, stats, _, values, accuracies = jax.lax.fori_loop(0, limit, step, start)
-    weight = jnp.where(jnp.arange(len(rows))[:, None] < limit, weight, 0.0)
-    real = jnp.any(weight > 0, axis=1)
-    metrics = {
-        "loss": mean_where(values, real),
-        "accuracy": mean_where(accuracies, real),
-        "image_gradients": jnp.sum(weight > 0, dtype=jnp.float32),
-    }
-    return variables, stats, metrics
+    start = variables, stats, optimizer.init(variables)
+    if steps is not None:
+        limit = jnp.minimum(steps, len(rows))
+        variables, stats, _ = jax.lax.fori_loop(0, limit, lambda i, carry: step(carry, tree.take(xs, i))[0], start)
+        return variables, stats, {}
+    (variables, stats, _), metrics = jax.lax.scan(step, start, xs)
+    real = jnp.any(weight > 0, axis=(1, 2))
+    metrics = {name: mean_where(values, real) for name, values in metrics.items()}
+    seen = jnp.sum(weight > 0, axis=(0, 2), dtype=jnp.float32)
+    return variables, stats, metrics | {"image_gradients": jnp.sum(seen * jnp.array(gradient.passes))}
 
 
 def steps_taken(weight: Array, batch: int, epochs: int) -> Array:
@@ -186,13 +214,13 @@ def classification_loss(model: Model) -> Callable:
     return loss
 
 
-def trainer(model: Model, setting: Setting) -> Callable:
-    """-> train(optimizer, params, stats, data, key, epochs, steps=None): `fit` of a fixed network, under the
-    conditions common to all methods."""
-    common = {"batch": setting.batch, "augment": setting.augment, "momentum": model.momentum}
-    loss = classification_loss(model)
+def trainer(model: Model, setting: Setting, gradient: Gradient | None = None, tasks: Tasks = "pairs") -> Callable:
+    """-> train(optimizer, params, stats, data, key, epochs=None, steps=None): `fit` of a fixed network, along the
+    plain gradient of its cross entropy where none is given."""
+    gradient = plain(classification_loss(model)) if gradient is None else gradient
 
-    def train(optimizer, params, stats, data, key, epochs, steps=None):
-        return fit(loss, optimizer, params, stats, data, key, epochs=epochs, steps=steps, **common)
+    def train(optimizer, params, stats, data, key, epochs=None, steps=None):
+        how = {"setting": setting, "momentum": model.momentum, "epochs": epochs, "steps": steps, "tasks": tasks}
+        return fit(gradient, optimizer, params, stats, data, key, **how)
 
     return train

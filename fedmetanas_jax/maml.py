@@ -131,64 +131,21 @@ def hessian_free_gradient(
     return tree.add(v, through_the_step), moments, loss_and_accuracy | {"support_loss": visited["loss"][0]}
 
 
-def fit(
-    loss: Callable,
-    task_optimizer: optax.GradientTransformation,
-    meta_optimizer: optax.GradientTransformation,
-    variables: Tree,
-    stats: Tree,
-    data: Examples,
-    key: Array,
-    *,
-    batch: int,
-    epochs: int,
-    augment: Callable,
-    momentum: float,
-    steps: int,
-    order: Literal[1, 2, "hf"] = 1,
-    tasks: local.Tasks = "pairs",
-) -> tuple[Tree, Tree, dict]:
-    """`epochs` passes of meta updates over a client's rows, cut into tasks (D-7); optimizers start fresh.
+def gradient(
+    loss: Callable, optimizer: optax.GradientTransformation, *, M: int, order: Literal[1, 2, "hf"] = 1
+) -> local.Gradient:
+    """Meta gradient after M steps of `optimizer`: `meta_gradient` of that order or, "hf", `hessian_free_gradient`.
 
-    loss as in `adapt`; steps = M; order as in `meta_gradient`, or "hf": `hessian_free_gradient`, whose tasks
-    have a third batch (M = 1); momentum: stats <- (1 - momentum) stats + momentum moments of the query.
-    Returns the meta variables (not the adapted ones), stats and metrics, means over the valid tasks:
-    "loss" and "accuracy" of the query after adaptation, "support_loss" before it (M >= 1); and
-    "image_gradients", the images through a forward and backward pass, batch (M + 1) a task and with "hf"
-    4 batches. A task that holds padding changes nothing. ValueError for "hf" with another M than 1.
+    To be descended along by `local.fit`, whose tasks then have a support and a query batch and, with "hf", a third.
+    ValueError for "hf" with another M than 1.
     """
-    if order == "hf" and steps != 1:
-        raise ValueError(f"the Hessian-free meta gradient takes 1 inner step, not {steps}")
-    order_key, task_key = jax.random.split(key)
-    parts = batches_of_a_task(order)
-    rows, valid = local.all_tasks(order_key, data.weight, batch, epochs, tasks, parts)
-
-    def examples(key, rows) -> Examples:
-        return Examples(augment(key, data.image[rows]), data.label[rows], data.weight[rows])
-
-    def task(carry, x):
-        rows, valid, key = x
-        variables, stats, state = carry
-        *augment_keys, loss_key = jax.random.split(key, parts + 1)
-        batches = [examples(*part) for part in zip(augment_keys, rows, strict=True)]
-        if order == "hf":
-            gradient = partial(hessian_free_gradient, loss)
-        else:
-            gradient = partial(meta_gradient, loss, steps=steps, order=order)
-        grads, moments, metrics = gradient(variables, stats, *batches, loss_key, optimizer=task_optimizer)
-        updates, state = meta_optimizer.update(grads, state, variables)
-        stepped = optax.apply_updates(variables, updates), tree.lerp(stats, moments, momentum), state
-        return tree.where(valid, stepped, carry), metrics
-
-    start = variables, stats, meta_optimizer.init(variables)
-    keys = jax.random.split(task_key, len(rows))
-    (variables, stats, _), metrics = jax.lax.scan(task, start, (rows, valid, keys))
-    metrics = {name: local.mean_where(values, valid) for name, values in metrics.items()}
-    gradients = 4 if order == "hf" else steps + 1
-    metrics["image_gradients"] = jnp.sum(valid, dtype=jnp.float32) * batch * gradients
-    return variables, stats, metrics
+    if order != "hf":
+        of = partial(_of_a_task, partial(meta_gradient, steps=M, order=order), loss, optimizer)
+        return local.Gradient(of, passes=(M, 1))
+    if M != 1:
+        raise ValueError(f"the Hessian-free meta gradient takes 1 inner step, not {M}")
+    return local.Gradient(partial(_of_a_task, hessian_free_gradient, loss, optimizer), passes=(1, 1, 2))
 
 
-def batches_of_a_task(order: Literal[1, 2, "hf"]) -> int:
-    """Support and query, and a third one for the Hessian-free form: batches a client must be able to fill."""
-    return 3 if order == "hf" else 2
+def _of_a_task(way, loss, optimizer, variables, stats, batches, key):
+    return way(loss, variables, stats, *batches, key, optimizer=optimizer)

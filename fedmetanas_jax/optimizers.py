@@ -32,12 +32,14 @@ def cosine(rounds: int, start: float, end: float) -> Callable[[Array], Array]:
     return lr
 
 
-def scheduled_sgd(
-    setting: Setting, lr: float, lr_end: float, momentum: float, weight_decay: float, clip: float | None
-) -> Callable[[Array], optax.GradientTransformation]:
-    """round -> the local optimizer of that round: `sgd` at a cosine over all rounds (D-23, D-31)."""
-    lr_at = cosine(setting.rounds, lr, lr_end)
-    return lambda round: sgd(lr_at(round), momentum, weight_decay, clip)
+def local_sgd(setting: Setting, round: Array, momentum: float | None = None) -> optax.GradientTransformation:
+    """The local optimizer of a round: `sgd` under the common conditions, at a cosine over all rounds (D-23, D-31).
+
+    momentum: another than the setting's, for methods that cannot have one.
+    """
+    momentum = setting.momentum if momentum is None else momentum
+    rate = cosine(setting.rounds, setting.lr, setting.lr_end)(round)
+    return sgd(rate, momentum, setting.weight_decay, setting.clip)
 
 
 def only(selected: Callable[[str], bool], optimizer: optax.GradientTransformation):
@@ -72,3 +74,14 @@ def pull(center: Tree, strength: float) -> optax.GradientTransformation:
 def correct(correction: Tree) -> optax.GradientTransformation:
     """Adds the same `correction` to every gradient: SCAFFOLD's c - c_k."""
     return optax.stateless(lambda updates, _: jax.tree.map(jnp.add, updates, correction))
+
+
+def adam(lr: float, weight_decay: float, b1: float = 0.5) -> optax.GradientTransformation:
+    """Adam with L2 decay in the gradient, as PyTorch has it, and DARTS's betas: what architecture parameters take."""
+    decay = optax.add_decayed_weights(weight_decay)
+    return optax.chain(decay, optax.scale_by_adam(b1=b1, b2=0.999), optax.scale_by_learning_rate(lr))
+
+
+def weights_and_alphas(params: optax.GradientTransformation, alpha: optax.GradientTransformation):
+    """One optimizer for the weights and one for the logits of {"params": ..., "alpha": ...} (Eq. 9 and 10)."""
+    return optax.multi_transform({"params": params, "alpha": alpha}, {"params": "params", "alpha": "alpha"})

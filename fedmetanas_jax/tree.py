@@ -40,9 +40,10 @@ def weighted_mean(stacked: Tree, weight: Array) -> Tree:
     """Mean over the leading axis (Eq. 3's n_k / n): leaves [k, ...] and weight [k] -> leaves [...].
 
     The weights are divided before they are applied and the sum runs in float32, so the mean of equal
-    rows stays within rounding of the row, whatever the size of the weights.
+    rows stays within rounding of the row, whatever the size of the weights. 0 where all weights are 0.
     """
-    share = weight / jnp.sum(weight)
+    total = jnp.sum(weight)
+    share = weight / jnp.where(total == 0, 1.0, total)
     return jax.tree.map(lambda x: jnp.einsum("k,k...->...", share, x).astype(x.dtype), stacked)
 
 

@@ -1,10 +1,12 @@
 """What single baselines do, recomputed by hand: on a quadratic, and on a network of two layers."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy_model import close, examples, jit, same, toy_model, unchanged
+from toy_model import ask, close, examples, jit, learnt, merged, same, toy_model, unchanged
 
 from fedmetanas_jax import local, optimizers, tree
 from fedmetanas_jax.algorithms.ditto import ditto
@@ -18,8 +20,8 @@ from fedmetanas_jax.core import Examples, Model, Setting
 
 KEY = jax.random.key(3)
 MODEL = toy_model(hidden=4, centred=True)
-SETTING = Setting(rounds=10, epochs=3, batch=4, augment=unchanged)
 CONSTANT = {"lr_end": 0.1, "lr": 0.1, "weight_decay": 0.0}
+SETTING = Setting(rounds=10, epochs=3, batch=4, augment=unchanged, **CONSTANT)
 
 
 def labelled(label: int, n: int = 4) -> Examples:
@@ -44,7 +46,7 @@ def scalar(monkeypatch):
 def test_scaffold_two_rounds_of_two_steps_by_hand(scalar):
     """f_k = (w - b_k)^2 / 2 with b = 2 and 6, lr 1/2, two steps a round, both clients in every round."""
     model = scalar(lambda w, b: 0.5 * (w - b) ** 2)
-    algorithm = scaffold(model, Setting(10, 2, 4, unchanged, share=1.0), lr=0.5, lr_end=0.5, weight_decay=0.0)
+    algorithm = scaffold(model, Setting(10, 2, 4, unchanged, lr=0.5, lr_end=0.5, weight_decay=0.0))
     server, control = algorithm.init(KEY)
     states = [control, control]
     expected = [
@@ -55,24 +57,23 @@ def test_scaffold_two_rounds_of_two_steps_by_hand(scalar):
         (3.375, 4.125, 1.125, -2.625, 3.75, -0.75),
     ]
     for w_1, w_2, c_1, c_2, w, c in expected:
-        outs = [algorithm.client_update(server, *x, KEY) for x in zip(states, map(labelled, (2, 6)), strict=True)]
-        for out, w_k, c_k in zip(outs, (w_1, w_2), (c_1, c_2), strict=True):
-            np.testing.assert_allclose(server.params["w"] + out.update[0]["w"], w_k, rtol=1e-6)
-            np.testing.assert_allclose(out.client_state["w"], c_k, rtol=1e-6)
-        states = [out.client_state for out in outs]
-        mean = jax.tree.map(lambda x, y: (x + y) / 2, *[out.update for out in outs])
-        server = algorithm.server_update(server, mean)
+        replies = [ask(algorithm, server, *x, KEY) for x in zip(states, map(labelled, (2, 6)), strict=True)]
+        for reply, w_k, c_k in zip(replies, (w_1, w_2), (c_1, c_2), strict=True):
+            np.testing.assert_allclose(server.params["w"] + reply.change["params"]["w"], w_k, rtol=1e-6)
+            np.testing.assert_allclose(reply.own["w"], c_k, rtol=1e-6)
+        states = [reply.own for reply in replies]
+        server = algorithm.server_update(server, merged(*replies))
         np.testing.assert_allclose([server.params["w"], server.control["w"]], [w, c], rtol=1e-6)
 
 
 def test_scaffolds_control_moves_by_the_share_of_clients_that_took_part():
-    algorithm = scaffold(MODEL, SETTING._replace(share=0.25), **CONSTANT)
+    algorithm = scaffold(MODEL, SETTING._replace(share=0.25))
     server, control = algorithm.init(KEY)
-    out = jit(algorithm.client_update)(server, control, examples(6), KEY)
-    after = algorithm.server_update(server, out.update)
-    close(after.control, tree.scale(out.client_state, 0.25))
+    reply = jit(algorithm.client_update)(server, control, examples(6), KEY)  # the server is the message
+    after = algorithm.server_update(server, merged(reply))
+    close(after.control, tree.scale(reply.own, 0.25))
     assert jax.tree.structure(after.control) == jax.tree.structure(after.params)  # none for the statistics
-    close(after.stats, out.update[2])
+    close(after.stats, tree.add(server.stats, reply.change["stats"]))
 
 
 @pytest.mark.parametrize(
@@ -83,17 +84,17 @@ def test_scaffolds_control_moves_by_the_share_of_clients_that_took_part():
 )
 def test_perfedavg_two_steps_by_hand(scalar, order, expected):
     model = scalar(lambda w, a: 0.5 * a * w**2)
-    setting = Setting(10, 2, 4, unchanged)  # two epochs of one task each
-    algorithm = perfedavg(model, setting, task_lr=0.25, order=order, momentum=0.0, **CONSTANT)
+    setting = Setting(10, 2, 4, unchanged, momentum=0.0, **CONSTANT)  # two epochs of one task each
+    algorithm = perfedavg(model, setting, task_lr=0.25, order=order)
     server, _ = algorithm.init(KEY)
     server = server._replace(params={"w": jnp.float32(4)})
     data = labelled(2, algorithm.least_rows)
-    sent = algorithm.client_update(server, (), data, KEY)
-    np.testing.assert_allclose(sent.update[0]["w"], expected, rtol=1e-4)
-    assert sent.metrics["image_gradients"] == 2 * 4 * {"first": 2, "exact": 2, "hf": 4}[order]
+    reply = ask(algorithm, server, (), data, KEY)
+    np.testing.assert_allclose(learnt(server, reply)["params"]["w"], expected, rtol=1e-4)
+    assert reply.metrics["image_gradients"] == 2 * 4 * {"first": 2, "exact": 2, "hf": 4}[order]
     assert algorithm.least_rows == {"first": 8, "exact": 8, "hf": 12}[order]
     assert algorithm.depth == "step"
-    net = algorithm.personalize(server, (), data, KEY, jnp.int32(1))
+    net = algorithm.personalize(algorithm.send(server, 0, KEY), (), data, KEY, jnp.int32(1))
     assert net.params["w"] == 2.0  # 4 - 0.25 * 2 * 4
 
 
@@ -108,40 +109,43 @@ def test_pull_is_the_gradient_of_the_squared_distance(scalar):
     updates, _ = step.update({"w": jnp.float32(0.5)}, step.init(None), {"w": jnp.float32(4)})
     assert updates["w"] == 0.5 + 2.0 * 3
     model = scalar(lambda w, b: 0.5 * (w - b) ** 2)
-    algorithm = fedprox(model, Setting(10, 2, 4, unchanged), mu=1.0, momentum=0.0, **CONSTANT)
+    algorithm = fedprox(model, Setting(10, 2, 4, unchanged, momentum=0.0, **CONSTANT), mu=1.0)
     server, _ = algorithm.init(KEY)
-    sent = algorithm.client_update(server, (), labelled(2), KEY)
+    reply = ask(algorithm, server, (), labelled(2), KEY)
     # w: 0 -> 0.2; then gradient (0.2 - 2) + 1 (0.2 - 0) = -1.6 -> 0.36
-    np.testing.assert_allclose(sent.update[0]["w"], 0.36, rtol=1e-6)
+    np.testing.assert_allclose(reply.change["params"]["w"], 0.36, rtol=1e-6)
 
 
 def test_ditto_two_turns_by_hand(scalar):
     """The first turn starts at w_t, the second one at the client's own v and pulls to the new w_t."""
     model = scalar(lambda w, b: 0.5 * (w - b) ** 2)
-    setting = Setting(10, 1, 4, unchanged)
-    algorithm = ditto(model, setting, lam=1.0, momentum=0.0, finetune_lr=0.5, **CONSTANT)
-    server, client = algorithm.init(KEY)
-    assert algorithm.personalize(server, client, labelled(2), KEY, jnp.int32(0)).params["w"] == 0.0  # w_t
-    sent = algorithm.client_update(server, client, labelled(2), KEY)
-    np.testing.assert_allclose(sent.client_state.net.params["w"], 0.2, rtol=1e-6)  # 0 - 0.1 (0 - 2)
-    server = algorithm.server_update(server, ({"w": jnp.float32(1)}, server.stats))
-    sent = algorithm.client_update(server, sent.client_state, labelled(2), KEY)
+    setting = Setting(10, 1, 4, unchanged, momentum=0.0, finetune_lr=0.5, **CONSTANT)
+    algorithm = ditto(model, setting, lam=1.0)
+    server, own = algorithm.init(KEY)
+    sent = algorithm.send(server, 0, KEY)
+    assert algorithm.personalize(sent, own, labelled(2), KEY, jnp.int32(0)).params["w"] == 0.0  # w_t
+    reply = algorithm.client_update(sent, own, labelled(2), KEY)
+    np.testing.assert_allclose(reply.own.net.params["w"], 0.2, rtol=1e-6)  # 0 - 0.1 (0 - 2)
+    sent = algorithm.send(server._replace(params={"w": jnp.float32(1)}), 0, KEY)
+    reply = algorithm.client_update(sent, reply.own, labelled(2), KEY)
     # v <- 0.2 - 0.1 ((0.2 - 2) + 1 (0.2 - 1)) = 0.46, while w <- 1 - 0.1 (1 - 2) = 1.1
-    np.testing.assert_allclose(sent.client_state.net.params["w"], 0.46, rtol=1e-6)
-    np.testing.assert_allclose(sent.update[0]["w"], 1.1, rtol=1e-6)
-    assert sent.metrics["image_gradients"] == 8  # both models'
+    np.testing.assert_allclose(reply.own.net.params["w"], 0.46, rtol=1e-6)
+    np.testing.assert_allclose(reply.change["params"]["w"], 0.1, rtol=1e-6)
+    assert reply.metrics["image_gradients"] == 8  # both models'
     for steps, v in ((0, 0.46), (1, 0.46 - 0.5 * ((0.46 - 2) + (0.46 - 1)))):
-        net = algorithm.personalize(server, sent.client_state, labelled(2), KEY, jnp.int32(steps))
+        net = algorithm.personalize(sent, reply.own, labelled(2), KEY, jnp.int32(steps))
         np.testing.assert_allclose(net.params["w"], v, rtol=1e-5)
 
 
 def test_fedrep_trains_the_head_then_the_body():
     data = examples(4)
-    algorithm = fedrep(MODEL, SETTING, momentum=0.9, **CONSTANT)
+    algorithm = fedrep(MODEL, SETTING)
     server, head = algorithm.init(KEY)
     assert set(head) == {"layer1"}
     same(head["layer1"], server.params["layer1"])
-    sent = jit(algorithm.client_update)(server, head, data, KEY)
+    sent = algorithm.send(server, 0, KEY)
+    assert set(sent.params) == {"layer0"}
+    reply = jit(algorithm.client_update)(sent, head, data, KEY)
 
     loss = local.classification_loss(MODEL)
 
@@ -157,43 +161,47 @@ def test_fedrep_trains_the_head_then_the_body():
         return params, stats
 
     expected = train(*train(server.params, server.stats, "layer1", 2), "layer0", 1)
-    close(sent.update, expected)
-    same(sent.client_state, {"layer1": sent.update[0]["layer1"]})
-    assert sent.metrics["image_gradients"] == 3 * 4
+    same(reply.own, {"layer1": reply.change["params"]["layer1"]})  # of which nothing was sent
+    assert reply.metrics["image_gradients"] == 3 * 4
 
     # The server's network has the mean head, a client's its own, under the shared body.
-    other = jax.tree.map(lambda x: x + 1, sent.client_state)
-    after = algorithm.server_update(server, sent.update)
-    same(algorithm.global_model(after).params, sent.update[0])
-    own = algorithm.personalize(after, other, data, KEY, jnp.int32(0))
+    other = jax.tree.map(lambda x: x + 1, reply.own)
+    after = algorithm.server_update(server, merged(reply))
+    close((after.params, after.stats), expected)
+    two = reply._replace(change=reply.change | {"params": reply.change["params"] | other})
+    both = algorithm.server_update(server, merged(reply, two))
+    close(both.params["layer1"], jax.tree.map(lambda x: x + 0.5, reply.own["layer1"]))
+    sent = algorithm.send(after, 0, KEY)
+    own = algorithm.personalize(sent, other, data, KEY, jnp.int32(0))
     same(own.params, after.params | other)
-    fitted = algorithm.personalize(after, other, data, KEY, jnp.int32(2))
+    fitted = algorithm.personalize(sent, other, data, KEY, jnp.int32(2))
     same(fitted.params["layer0"], after.params["layer0"])
     assert jnp.any(fitted.params["layer1"]["kernel"] != other["layer1"]["kernel"])
-    assert set(algorithm.broadcast(server)[0]) == {"layer0"}
     assert algorithm.depth == "epochs"
 
 
 def test_fedbabu_never_moves_its_head():
     data = examples(4)
-    algorithm = fedbabu(MODEL, SETTING, **CONSTANT)
-    server, client = algorithm.init(KEY)
-    sent = jit(algorithm.client_update)(server, client, data, KEY)
-    assert set(sent.update[0]) == set(algorithm.broadcast(server)[0]) == {"layer0"}
-    # The mean of equal heads may differ in the last bit, so no head is sent at all.
-    after = algorithm.server_update(server, sent.update)
+    algorithm = fedbabu(MODEL, SETTING)
+    server, head = algorithm.init(KEY)
+    same(head, {"layer1": server.params["layer1"]})
+    sent = algorithm.send(server, 0, KEY)
+    reply = jit(algorithm.client_update)(sent, head, data, KEY)
+    assert set(reply.change["params"]) == set(sent.params) == {"layer0"}
+    same(reply.own, head)
+    after = algorithm.server_update(server, merged(reply))
     same(after.params["layer1"], server.params["layer1"])
     assert jnp.any(after.params["layer0"]["kernel"] != server.params["layer0"]["kernel"])
-    whole = fedavg(MODEL, SETTING, **CONSTANT).client_update(server, (), data, KEY).update
-    assert jnp.any(whole[0]["layer0"]["kernel"] != sent.update[0]["layer0"]["kernel"])  # whose head moves along
+    whole = ask(fedavg(MODEL, SETTING), server, (), data, KEY).change["params"]["layer0"]["kernel"]
+    assert jnp.any(whole != reply.change["params"]["layer0"]["kernel"])  # whose head moves along
     assert algorithm.depth == "epochs"
 
 
 @pytest.mark.parametrize(("finetune", "moved"), [("all", [0, 1]), ("head", [1]), ("body", [0])])
 def test_fedbabu_fine_tunes_what_it_is_told(finetune, moved):
-    algorithm = fedbabu(MODEL, SETTING, finetune=finetune, finetune_lr=0.1)
-    server, client = algorithm.init(KEY)
-    net = jit(algorithm.personalize)(server, client, examples(4), KEY, jnp.int32(1))
+    algorithm = fedbabu(MODEL, SETTING._replace(finetune_lr=0.1), finetune=finetune)
+    server, head = algorithm.init(KEY)
+    net = jit(algorithm.personalize)(algorithm.send(server, 0, KEY), head, examples(4), KEY, jnp.int32(1))
     kernels = [[params[f"layer{i}"]["kernel"] for i in range(2)] for params in (net.params, server.params)]
     assert [i for i, (x, y) in enumerate(zip(*kernels, strict=True)) if jnp.any(x != y)] == moved
 
@@ -208,9 +216,8 @@ def test_statistics_of_every_method_are_the_mean_of_its_clients():
     """Running statistics travel and are averaged like weights, whatever else a method does with weights."""
     for factory in (fedavg, fedprox, scaffold, perfedavg, fedrep, fedbabu, ditto):
         algorithm = factory(MODEL, SETTING)
-        server, client = algorithm.init(KEY)
-        stats = jax.tree.map(lambda x: x + 0.25, server.stats)
-        shapes = jax.eval_shape(algorithm.client_update, server, client, examples(8), KEY).update
-        update = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        update = (*update[:-1], stats)
-        same(algorithm.server_update(server, update).stats, stats)
+        server, own = algorithm.init(KEY)
+        shapes = jax.eval_shape(partial(ask, algorithm), server, own, examples(8), KEY)
+        reply = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
+        reply = reply._replace(change=reply.change | {"stats": jax.tree.map(lambda x: x + 0.25, server.stats)})
+        same(algorithm.server_update(server, merged(reply)).stats, jax.tree.map(lambda x: 2 * x + 0.25, server.stats))

@@ -125,7 +125,7 @@ def test_adapted_accuracy_is_each_clients_own_net_on_its_own_test_rows(data, bn_
     for k in range(CLIENTS):
         own = train_examples(data, k)
         key = stream_key(SEED, "personal", 9, k)
-        net = personalize(state.server_state, None, own, key, jnp.int32(steps))
+        net = personalize(state.server, None, own, key, jnp.int32(steps))
         rows = np.asarray(data.test[k])[: data.test_size[k]]
         image, label = np.asarray(data.image)[rows], np.asarray(data.label)[rows]
         filled = np.resize(image, (data.test.shape[1], *image.shape[1:]))

@@ -7,20 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from toy_model import close, examples, jit, model_loss, same, toy_model, unchanged
+from toy_model import ask, close, examples, jit, learnt, merged, model_loss, same, toy_model, unchanged
 
 from fedmetanas_jax import optimizers, tree
 from fedmetanas_jax.algorithms import ALGORITHMS
 from fedmetanas_jax.algorithms.fedavg import fedavg
-from fedmetanas_jax.core import Setting
+from fedmetanas_jax.core import Merged, Setting
 
 KEY = jax.random.key(7)
 MODEL = toy_model(hidden=4, centred=True)
 
 
 @lru_cache
-def method(**options):
-    algorithm = fedavg(MODEL, Setting(rounds=10, epochs=3, batch=6, augment=unchanged), **options)
+def method(**conditions):
+    algorithm = fedavg(MODEL, Setting(rounds=10, epochs=3, batch=6, augment=unchanged, **conditions))
     return algorithm._replace(
         client_update=jit(algorithm.client_update), personalize=jit(algorithm.personalize)
     )
@@ -48,24 +48,22 @@ def test_it_is_listed():
 @pytest.mark.parametrize("round", [0, 5])
 def test_one_client_is_sgd_at_the_rate_of_the_round(round):
     algorithm, data = method(lr=0.3, lr_end=0.1, clip=0.2), examples(6)
-    server, client = algorithm.init(jax.random.key(1))
+    server, own = algorithm.init(jax.random.key(1))
     server = server._replace(round=jnp.int32(round))
-    sent = algorithm.client_update(server, client, data, KEY)
+    reply = ask(algorithm, server, own, data, KEY)
     rate = {0: 0.3, 5: 0.2}[round]  # half-way along the cosine at round 5 of 10
     expected = train_by_hand(server.params, server.stats, data, optimizers.sgd(rate, 0.9, 3e-4, 0.2), 3)
-    close(sent.update, expected)
-    assert sent.weight == 6
-    mean = tree.weighted_mean(jax.tree.map(lambda x: x[None], sent.update), sent.weight[None])
-    after = algorithm.server_update(server, mean)
+    assert reply.weight == 6
+    after = algorithm.server_update(server, merged(reply))
     close((after.params, after.stats), expected)
     assert after.round == round + 1
 
 
 def test_momentum_starts_afresh_every_round():
     algorithm, data = method(lr=0.2, lr_end=0.2), examples(6)
-    server, client = algorithm.init(jax.random.key(1))
+    server, own = algorithm.init(jax.random.key(1))
     for _ in range(2):
-        server = algorithm.server_update(server, algorithm.client_update(server, client, data, KEY).update)
+        server = algorithm.server_update(server, merged(ask(algorithm, server, own, data, KEY)))
     start, _ = algorithm.init(jax.random.key(1))
     optimizer = optimizers.sgd(0.2, 0.9, 3e-4)
     once = train_by_hand(start.params, start.stats, data, optimizer, 3)
@@ -74,62 +72,62 @@ def test_momentum_starts_afresh_every_round():
 
 def test_clients_of_unequal_size_weigh_by_their_rows():
     algorithm = method()
-    server, client = algorithm.init(jax.random.key(1))
+    server, own = algorithm.init(jax.random.key(1))
     sizes = [2, 6, 4]
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *(examples(6, size, seed=size) for size in sizes))
-    sent = jax.vmap(algorithm.client_update, (None, None, 0, None))(server, client, stacked, KEY)
-    assert sent.weight.tolist() == sizes
-    assert sent.metrics["image_gradients"].tolist() == [3 * size for size in sizes]
-    after = algorithm.server_update(server, tree.weighted_mean(sent.update, sent.weight))
-    by_hand = jax.tree.map(lambda x: (2 * x[0] + 6 * x[1] + 4 * x[2]) / 12, sent.update)
-    close((after.params, after.stats), by_hand)
+    replies = [ask(algorithm, server, own, examples(6, size, seed=size), KEY) for size in sizes]
+    assert [reply.weight for reply in replies] == sizes
+    assert [reply.metrics["image_gradients"] for reply in replies] == [3 * size for size in sizes]
+    after = algorithm.server_update(server, merged(*replies))
+    came_to = [learnt(server, reply) for reply in replies]
+    by_hand = jax.tree.map(lambda a, b, c: (2 * a + 6 * b + 4 * c) / 12, *came_to)
+    close({"params": after.params, "stats": after.stats}, by_hand)
 
 
 def test_the_mean_of_identical_clients_is_that_client():
     algorithm, data = method(), examples(6)
-    server, client = algorithm.init(jax.random.key(1))
-    sent = algorithm.client_update(server, client, data, KEY)
-    stacked = jax.tree.map(lambda x: jnp.stack([x] * 5), sent)
-    close(tree.weighted_mean(stacked.update, stacked.weight), sent.update)  # running statistics included
+    server, own = algorithm.init(jax.random.key(1))
+    reply = ask(algorithm, server, own, data, KEY)
+    close(merged(*[reply] * 5).change, reply.change)  # running statistics included
 
 
-def test_a_client_without_rows_returns_what_it_was_sent():
+def test_a_client_without_rows_changes_nothing():
     algorithm = method()
-    server, client = algorithm.init(jax.random.key(1))
-    sent = algorithm.client_update(server, client, examples(6)._replace(weight=jnp.zeros(6)), KEY)
-    same(sent.update, algorithm.broadcast(server))
-    assert sent.weight == 0
+    server, own = algorithm.init(jax.random.key(1))
+    reply = ask(algorithm, server, own, examples(6)._replace(weight=jnp.zeros(6)), KEY)
+    assert not any(np.any(x) for x in jax.tree.leaves(reply.change))
+    assert reply.weight == 0
 
 
 def test_personalize_is_plain_sgd_from_the_global_model_for_as_many_steps_as_asked():
     data = examples(6)
     algorithm = method(finetune_lr=0.2)
-    server, client = algorithm.init(jax.random.key(1))
+    server, _ = algorithm.init(jax.random.key(1))
     for steps in (0, 1, 3):
-        net = algorithm.personalize(server, client, data, KEY, jnp.int32(steps))
+        net = algorithm.personalize(algorithm.send(server, 0, KEY), (), data, KEY, jnp.int32(steps))
         close((net.params, net.stats), train_by_hand(server.params, server.stats, data, optimizers.sgd(0.2), steps))
-    most = algorithm.personalize(server, client, data, KEY, jnp.int32(100))
+    most = algorithm.personalize(algorithm.send(server, 0, KEY), (), data, KEY, jnp.int32(100))
     close(most, net)  # three epochs of one batch each are all there is
     assert algorithm.personalize._cache_size() == 1
 
 
 @pytest.mark.parametrize(
     ("server", "expected"),
-    # w = 1 and a mean of 0.5 make a pseudo-gradient of 0.5; Adam's first step divides it by itself.
+    # A mean change of -0.5 is a pseudo-gradient of 0.5; Adam's first step divides it by itself.
     [("momentum", 1 - 0.1 * 0.5), ("adam", 1 - 0.1 * 0.5 / (0.5 + 1e-3))],
 )
 def test_server_optimizers_step_along_the_pseudo_gradient(server, expected):
     algorithm = fedavg(MODEL, Setting(10, 1, 6, unchanged), server=server, server_lr=0.1)
     state, _ = algorithm.init(jax.random.key(1))
     state = state._replace(params=jax.tree.map(jnp.ones_like, state.params))
-    mean = jax.tree.map(lambda x: jnp.full_like(x, 0.5), (state.params, state.stats))
+    half = jax.tree.map(lambda x: jnp.full_like(x, -0.5), {"params": state.params, "stats": state.stats})
+    mean = Merged(half, jnp.zeros(1, jnp.int32), jnp.ones(1), ())
     after = algorithm.server_update(state, mean)
     for x in jax.tree.leaves(after.params):
         np.testing.assert_allclose(x, expected, rtol=1e-5)
-    same(after.stats, mean[1])  # statistics are never stepped
+    same(after.stats, jax.tree.map(lambda x: x - 0.5, state.stats))  # statistics are never stepped
     again = algorithm.server_update(after, mean)
-    if server == "momentum":  # velocity 0.9 * 0.5 + 0.45
-        np.testing.assert_allclose(jax.tree.leaves(again.params)[0], 0.95 - 0.1 * (0.45 + 0.45), rtol=1e-5)
+    if server == "momentum":  # velocity 0.9 * 0.5 + 0.5
+        np.testing.assert_allclose(jax.tree.leaves(again.params)[0], 0.95 - 0.1 * (0.45 + 0.5), rtol=1e-5)
     assert again.round == 2
 
 
@@ -139,8 +137,9 @@ def test_yogi_differs_from_adam_only_once_gradients_change():
         algorithm = fedavg(MODEL, setting, server=server, server_lr=0.1)
         state, _ = algorithm.init(jax.random.key(1))
         for target in (0.5, 0.9, 0.1):
-            mean = jax.tree.map(lambda x, target=target: jnp.full_like(x, target), (state.params, state.stats))
-            state = algorithm.server_update(state, mean)
+            part = {"params": state.params, "stats": state.stats}
+            change = jax.tree.map(lambda x, target=target: target - x, part)
+            state = algorithm.server_update(state, Merged(change, jnp.zeros(1, jnp.int32), jnp.ones(1), ()))
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
         steps[server] = state.params
     assert tree.global_norm(tree.sub(*steps.values())) > 1e-4
@@ -165,11 +164,11 @@ def test_forward_serves_with_running_statistics():
 
 def test_loss_falls_over_rounds():
     algorithm, data = method(lr=0.2, lr_end=0.2), examples(6)
-    server, client = algorithm.init(jax.random.key(1))
+    server, own = algorithm.init(jax.random.key(1))
     losses = []
     for round in range(8):
-        sent = algorithm.client_update(server, client, data, jax.random.fold_in(KEY, round))
-        server = algorithm.server_update(server, sent.update)
-        losses.append(float(sent.metrics["loss"]))
+        reply = ask(algorithm, server, own, data, jax.random.fold_in(KEY, round))
+        server = algorithm.server_update(server, merged(reply))
+        losses.append(float(reply.metrics["loss"]))
     assert losses[-1] < 0.8 * losses[0]
     assert algorithm.client_update._cache_size() == 1  # the schedule does not recompile

@@ -175,8 +175,22 @@ def test_another_config_is_refused(unbroken):
     assert (workdir / "records.jsonl").read_bytes() == before
 
 
+def test_what_says_how_a_run_is_run_may_change_and_is_said(unbroken, tmp_path):
+    workdir, _ = unbroken
+    assert run(tmp_path / "run", "--stop_after=5").returncode == 0
+    done = run(tmp_path / "run", eval_every=6, checkpoint_every=3, block=1)
+    assert done.returncode == 0, done.stderr
+    assert "block was 2, is 1" in done.stdout
+    assert "eval_every was 4, is 6" in done.stdout
+    (records, arrays), (expected, weights) = finished(tmp_path / "run"), finished(workdir)
+    assert [line["round"] for line in records if "server_accuracy" in line] == [4, 6, 12]
+    assert [line["loss"] for line in records] == [line["loss"] for line in expected]
+    for name in weights:
+        np.testing.assert_array_equal(arrays[name], weights[name], err_msg=name)
+
+
 def test_numbers_that_are_none_stop_the_run(tmp_path):
-    done = run(tmp_path / "run", **{"options.lr": 1e30, "options.clip": 1e30})
+    done = run(tmp_path / "run", lr=1e30, clip=0)
     assert done.returncode == 1
     assert "round " in done.stderr
     assert "client " in done.stderr

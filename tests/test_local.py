@@ -10,6 +10,7 @@ import pytest
 from toy_model import close, examples, jit, model_loss, same, toy_model, unchanged
 
 from fedmetanas_jax import local, optimizers, tree
+from fedmetanas_jax.core import Setting
 
 KEY = jax.random.key(7)
 
@@ -21,9 +22,9 @@ def prefix(n, size):
 @lru_cache
 def compiled(model, sgd, batch, epochs, augment):
     params, stats = model.init(jax.random.key(1))
-    options = dict(batch=batch, epochs=epochs, augment=augment, momentum=model.momentum)
-    loss, optimizer = model_loss(model), optimizers.sgd(*sgd)
-    return jit(lambda data: local.fit(loss, optimizer, params, stats, data, KEY, **options))
+    options = dict(setting=Setting(1, epochs, batch, augment), momentum=model.momentum)
+    gradient, optimizer = local.plain(model_loss(model)), optimizers.sgd(*sgd)
+    return jit(lambda data: local.fit(gradient, optimizer, params, stats, data, KEY, **options))
 
 
 def fit(data, *, model=None, sgd=(0.1, 0.9, 0.1), batch=4, epochs=2, augment=unchanged):
@@ -62,27 +63,28 @@ def test_epochs_are_shuffled_afresh_and_by_key():
 
 
 def test_pairs_are_disjoint_and_drop_the_rest():
-    rows, valid = local.epoch_tasks(KEY, prefix(600, 600), 32)
-    assert rows.shape == (9, 2, 32)
-    assert valid.all()
+    rows, weight = local.epoch_tasks(KEY, prefix(600, 600), 32)
+    assert rows.shape == weight.shape == (9, 2, 32)
+    assert (weight == 1).all()
     assert len(set(rows.ravel().tolist())) == 9 * 64
 
 
 def test_a_task_is_valid_only_if_all_its_rows_are_real():
-    rows, valid = local.epoch_tasks(KEY, prefix(30, 21), 4)
-    assert valid.tolist() == [True, True, False]  # 8 rows a task, 21 // 8 = 2
+    rows, weight = local.epoch_tasks(KEY, prefix(30, 21), 4)
+    assert weight.sum((1, 2)).tolist() == [8, 8, 0]  # 8 rows a task, 21 // 8 = 2
     assert set(rows[:2].ravel().tolist()) <= set(range(21))
 
 
 def test_one_task_an_epoch():
-    rows, valid = local.all_tasks(KEY, prefix(30, 30), 4, 5, "one")
-    assert rows.shape == (5, 2, 4)
-    assert valid.all()
+    rows, weight = local.all_tasks(KEY, prefix(30, 30), 4, 5, "one")
+    assert rows.shape == weight.shape == (5, 2, 4)
+    assert (weight == 1).all()
     assert all(len(set(task.ravel().tolist())) == 8 for task in rows)
 
 
 def test_split_keeps_its_halves_in_every_epoch():
-    rows, valid = local.all_tasks(KEY, prefix(25, 22), 4, 6, "split")
+    rows, weight = local.all_tasks(KEY, prefix(25, 22), 4, 6, "split")
+    valid = weight.all((1, 2))
     assert rows.shape == (6 * 3, 2, 4)
     support, query = (set(rows[valid][:, i].ravel().tolist()) for i in (0, 1))
     assert support == set(range(0, 22, 2))
@@ -258,6 +260,6 @@ def test_the_gradient_is_traced_once():
         return inner(*args)
 
     params, stats = model.init(jax.random.key(1))
-    run = dict(batch=4, epochs=3, augment=unchanged, momentum=0.1)
-    jit(lambda d: local.fit(loss, optax.sgd(0.1), params, stats, d, KEY, **run)).lower(examples(12))
+    run = dict(setting=Setting(1, 3, 4, unchanged), momentum=0.1)
+    jit(lambda d: local.fit(local.plain(loss), optax.sgd(0.1), params, stats, d, KEY, **run)).lower(examples(12))
     assert len(traces) == 1

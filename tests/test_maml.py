@@ -10,7 +10,7 @@ import pytest
 from toy_model import close, examples, jit, model_loss, same, toy_model, unchanged
 
 from fedmetanas_jax import local, maml, optimizers, tree
-from fedmetanas_jax.core import Examples
+from fedmetanas_jax.core import Examples, Setting
 
 KEY = jax.random.key(7)
 
@@ -144,8 +144,9 @@ def compiled(steps, eta=0.5, epochs=3, tasks="split"):
     model = toy_model(hidden=4, centred=True)
     params, stats = model.init(jax.random.key(1))
     loss, task = model_loss(model), optax.sgd(eta)
-    options = dict(batch=4, epochs=epochs, augment=unchanged, momentum=0.1, steps=steps, tasks=tasks)
-    return jit(lambda data: maml.fit(loss, task, META, params, stats, data, KEY, **options))
+    options = dict(setting=Setting(1, epochs, 4, unchanged), momentum=0.1, tasks=tasks)
+    gradient = maml.gradient(loss, task, M=steps)
+    return jit(lambda data: local.fit(gradient, META, params, stats, data, KEY, **options))
 
 
 def fit(data, **options):
@@ -159,9 +160,9 @@ def test_without_adaptation_it_is_sgd_on_the_query(steps, eta):
     params, stats, metrics = fit(data, steps=steps, eta=eta)
     plain, plain_stats = model.init(jax.random.key(1))
     query = jax.tree.map(lambda x: x[1::2], data)
-    options = dict(batch=4, epochs=3, augment=unchanged, momentum=model.momentum)
-    loss = model_loss(model)
-    run = jit(lambda data: local.fit(loss, META, plain, plain_stats, data, KEY, **options))
+    options = dict(setting=Setting(1, 3, 4, unchanged), momentum=model.momentum)
+    gradient = local.plain(model_loss(model))
+    run = jit(lambda data: local.fit(gradient, META, plain, plain_stats, data, KEY, **options))
     plain, plain_stats, plain_metrics = run(query)
     close(params, plain)
     close(stats, plain_stats)
@@ -231,6 +232,6 @@ def test_the_gradient_is_traced_once_for_support_and_query():
         traces.append(1)
         return inner(*args)
 
-    task, options = optax.sgd(0.1), dict(batch=4, epochs=2, augment=unchanged, momentum=0.1, steps=3)
-    jit(lambda data: maml.fit(loss, task, META, params, stats, data, KEY, **options)).lower(examples(16))
+    gradient, options = maml.gradient(loss, optax.sgd(0.1), M=3), dict(setting=Setting(1, 2, 4, unchanged), momentum=0.1)
+    jit(lambda data: local.fit(gradient, META, params, stats, data, KEY, **options)).lower(examples(16))
     assert len(traces) == 1

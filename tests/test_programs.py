@@ -9,17 +9,17 @@ from fedmetanas_jax.engine import programs as engine
 from fedmetanas_jax.engine.round import init_state
 
 CLIENTS, COHORT = 8, 6
-PLAN = engine.Plan(
-    rounds=4, seed=0, clients=CLIENTS, cohort=COHORT, batch=4, epochs=1, at_once=-1, block=1, client_states="auto",
-    bn_eval="running", eval_batch=8, eval_every=0, adapt_every=0, final_adapt=False, checkpoint_every=1,
+CONDUCT = engine.Conduct(
+    rounds=4, seed=0, clients=CLIENTS, cohort=COHORT, batch=4, epochs=1, at_once=-1, block=1, compile_ahead=0,
+    client_states="auto", bn_eval="running", eval_batch=8, eval_every=0, adapt_every=0, final_adapt=False, checkpoint_every=1,
 )  # fmt: skip
 
 
-def heavy(server, client_state, data, key):
+def heavy(sent, own, data, key):
     """The toy client with 4 MB of intermediate values."""
-    out = toy.client_update(server, client_state, data, key)
+    reply = toy.client_update(sent, own, data, key)
     noise = jnp.sort(jax.random.uniform(key, (1 << 20,)))  # a sort is computed into memory of its own
-    return out._replace(metrics=out.metrics | {"noise": noise[17]})
+    return reply._replace(metrics=reply.metrics | {"noise": noise[17]})
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def compiled(start, free, monkeypatch, at_once=None):
     algorithm, state, data = start
     said = []
     monkeypatch.setattr(engine, "free_bytes", lambda: free)
-    programs = engine.Programs(algorithm, PLAN, data, None, False, at_once, said.append)
+    programs = engine.Programs(algorithm, CONDUCT, data, None, False, at_once, said.append)
     programs("round", jax.tree.map(jnp.copy, state), data, jnp.int32(1))
     return programs.at_once, said
 

@@ -13,6 +13,7 @@ import pytest
 import toy
 
 from fedmetanas_jax import tree
+from fedmetanas_jax.core import Merged
 from fedmetanas_jax.engine import client_states
 from fedmetanas_jax.engine import round as engine
 from fedmetanas_jax.engine.mesh import OWN, clients_mesh, padded, put_data, put_state
@@ -88,31 +89,32 @@ def test_keys_of_streams_rounds_and_clients_differ():
 def test_state_at_the_start_is_one_client_state_for_all():
     state = start()
     assert state.round == 0
-    assert jax.tree.map(jnp.shape, state.client_states) == {"turns": (CLIENTS,), "noise": (CLIENTS,)}
+    assert jax.tree.map(jnp.shape, state.owns) == {"turns": (CLIENTS,), "noise": (CLIENTS,)}
     stateless = toy.ALGORITHM._replace(init=lambda key: (toy.init(key)[0], ()))
-    assert engine.init_state(stateless, 0, CLIENTS).client_states == ()
+    assert engine.init_state(stateless, 0, CLIENTS).owns == ()
 
 
 def test_round_is_the_weighted_mean_of_its_clients_by_hand(data):
     state, metrics = run(data, rounds=1)
     before = start()
     chosen = metrics["client"][0]
-    updates, losses = [], []
+    changes, losses = [], []
     client_update = jax.jit(toy.client_update)
     for k in chosen:
         out = client_update(
-            before.server_state,
-            tree.take(before.client_states, k),
+            before.server,  # which is the toy's message
+            tree.take(before.owns, k),
             engine.train_examples(data, k),
             engine.client_key(SEED, 0, k),
         )
-        updates.append(out.update)
+        changes.append(out.change)
         losses.append(out.metrics["loss"])
     share = data.train_size[chosen] / sum(data.train_size[chosen])
-    mean = jax.tree.map(lambda *x: sum(s * y for s, y in zip(share, x, strict=True)), *updates)
-    close(state.server_state, toy.server_update(before.server_state, mean))
+    mean = jax.tree.map(lambda *x: sum(s * y for s, y in zip(share, x, strict=True)), *changes)
+    merged = Merged(mean, chosen, data.train_size[chosen].astype(jnp.float32), ())
+    close(state.server, toy.server_update(before.server, merged))
     close(metrics["loss"][0], np.stack(losses))
-    assert metrics["bias"][0] == pytest.approx(float(jnp.sum(jnp.abs(state.server_state.params["b"]))))
+    assert metrics["bias"][0] == pytest.approx(float(jnp.sum(jnp.abs(state.server.params["b"]))))
     assert metrics["server_round"] == [1]
     assert metrics["finite"].all()
 
@@ -130,7 +132,7 @@ def test_schedules_get_the_servers_round_and_the_engine_its_own(data):
     state = start()._replace(round=jnp.int32(40))
     step = compiled(toy.ALGORITHM, cohort_size=COHORT, at_once=1)
     state, metrics = step(state, data, jnp.int32(41))
-    assert (state.round, state.server_state.round) == (41, 1)
+    assert (state.round, state.server.round) == (41, 1)
     np.testing.assert_array_equal(metrics["client"][0], engine.cohort(SEED, 40, CLIENTS, COHORT))
 
 
@@ -160,28 +162,28 @@ def test_clients_not_chosen_keep_their_state_bit_for_bit(data):
     step = engine.make_round(toy.ALGORITHM, cohort_size=2, at_once=1)
     odd = jnp.arange(CLIENTS, dtype=jnp.float32) / 3
     state = start()
-    state = state._replace(client_states=state.client_states | {"noise": odd})
-    before = jax.tree.map(np.array, state.client_states)
+    state = state._replace(owns=state.owns | {"noise": odd})
+    before = jax.tree.map(np.array, state.owns)
     state, metrics = step(state, data, jnp.int32(1))
     rest = np.setdiff1d(np.arange(CLIENTS), metrics["client"])
-    same_bits(tree.take(state.client_states, rest), tree.take(before, rest))
+    same_bits(tree.take(state.owns, rest), tree.take(before, rest))
     turns = np.zeros(CLIENTS, int)
     turns[metrics["client"][0]] = 1
-    np.testing.assert_array_equal(state.client_states["turns"], turns)
+    np.testing.assert_array_equal(state.owns["turns"], turns)
 
 
 def test_states_on_the_host_are_handed_to_the_round_and_taken_back(data, two_rounds):
     step = engine.make_round(toy.ALGORITHM, cohort_size=COHORT, at_once=1, hosted=True)
     state = engine.init_state(toy.ALGORITHM, SEED, CLIENTS, hosted=True)
-    everyone = state.client_states
+    everyone = state.owns
     assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(everyone))
     for r in range(2):
         chosen = np.asarray(engine.cohort(SEED, r, CLIENTS, COHORT))
-        given = state._replace(client_states=jax.tree.map(jnp.asarray, tree.take(everyone, chosen)))
+        given = state._replace(owns=jax.tree.map(jnp.asarray, tree.take(everyone, chosen)))
         state, metrics = step(given, data, jnp.int32(r + 1))
-        client_states.put_on_host(everyone, chosen, state.client_states)
+        client_states.put_on_host(everyone, chosen, state.owns)
         np.testing.assert_array_equal(metrics["client"][0], chosen)
-    same_bits(state._replace(client_states=everyone), two_rounds[0])
+    same_bits(state._replace(owns=everyone), two_rounds[0])
 
 
 def test_where_states_are_kept_is_said(monkeypatch):
@@ -206,7 +208,7 @@ def test_where_states_are_kept_is_said(monkeypatch):
 def test_turns_add_up_over_rounds(two_rounds):
     state, metrics = two_rounds
     counted = np.bincount(metrics["client"].ravel(), minlength=CLIENTS)
-    np.testing.assert_array_equal(state.client_states["turns"], counted)
+    np.testing.assert_array_equal(state.owns["turns"], counted)
 
 
 def test_a_block_of_rounds_is_its_rounds_one_by_one(data):
@@ -252,20 +254,22 @@ def test_a_client_that_is_not_finite_is_named(data):
     broken = int(engine.cohort(SEED, 1, CLIENTS, COHORT)[2])
     mean = jnp.mean(data.image[data.train[broken]])
 
-    def client_update(server, client_state, own, key):
-        out = toy.client_update(server, client_state, own, key)
-        bad = (server.round == 1) & (jnp.mean(own.image) == mean)
-        bias = out.update["params"]["b"].at[1].add(jnp.where(bad, jnp.nan, 0))
-        return out._replace(update=out.update | {"params": out.update["params"] | {"b": bias}})
+    def client_update(sent, own, rows, key):
+        reply = toy.client_update(sent, own, rows, key)
+        bad = (sent.round == 1) & (jnp.mean(rows.image) == mean)
+        bias = reply.change["params"]["b"].at[1].add(jnp.where(bad, jnp.nan, 0))
+        return reply._replace(change=reply.change | {"params": reply.change["params"] | {"b": bias}})
 
     _, metrics = run(data, algorithm=toy.ALGORITHM._replace(client_update=client_update))
     assert metrics["finite"][0].all()
     np.testing.assert_array_equal(metrics["finite"][1], metrics["client"][1] != broken)
 
 
-def test_payload_by_hand(data):
+def test_bytes_by_hand(two_rounds):
     floats = toy.PIXELS * toy.CLASSES + toy.CLASSES + toy.PIXELS
-    assert engine.payload(toy.ALGORITHM, start(), data) == {"bytes_up": 4 * floats, "bytes_down": 4 * floats}
+    _, metrics = two_rounds
+    assert np.all(metrics["bytes_up"] == 4 * floats)
+    assert np.all(metrics["bytes_down"] == 4 * (floats + 1))  # and the round
 
 
 def test_wrong_requests_are_refused_in_words(data):
@@ -304,8 +308,8 @@ def on_several_devices():
             step = engine.make_round(toy.ALGORITHM, cohort_size=size, at_once=at_once, mesh=where, block=block)
             state = engine.init_state(toy.ALGORITHM, SEED, CLIENTS, where)
             # A negative zero must come through the mesh as one.
-            noise = jnp.full_like(state.client_states["noise"], -0.0)
-            state = put_state(state._replace(client_states=state.client_states | {"noise": noise}), where)
+            noise = jnp.full_like(state.owns["noise"], -0.0)
+            state = put_state(state._replace(owns=state.owns | {"noise": noise}), where)
             rows, local, stop = [], put_data(data, where), put_data(jnp.int32(100), where)
             for _ in range(2):
                 with jax.transfer_guard("disallow"):
@@ -313,10 +317,10 @@ def on_several_devices():
                 rows.append(jax.tree.map(np.asarray, metrics))
             assert step._cache_size() == 1, (size, at_once, block, step._cache_size())
             if where is not None:
-                shard = state.client_states["turns"].addressable_shards[0].data
+                shard = state.owns["turns"].addressable_shards[0].data
                 assert shard.shape == (8 // devices,), shard.shape  # 7 clients, filled up to 8
             host = jax.tree.map(np.asarray, state)
-            host = host._replace(client_states=jax.tree.map(lambda x: x[:CLIENTS], host.client_states))
+            host = host._replace(owns=jax.tree.map(lambda x: x[:CLIENTS], host.owns))
             got.append((host, rows))
         same_bits(*got)
         print("same bits", size, at_once, block, devices)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedmetanas_jax.core import Algorithm, ClientUpdate, FederatedData, Net
+from fedmetanas_jax.core import Algorithm, FederatedData, Net, Reply
 from fedmetanas_jax.tree import lerp, sub, where
 
 CLASSES, PIXELS, MOMENTUM = 4, 64, 0.1
@@ -46,37 +46,37 @@ def fit(net, data, key, steps=2, rate=0.5):
 
 def init(key):
     params = {"w": 0.1 * jax.random.normal(key, (PIXELS, CLASSES)), "b": jnp.zeros(CLASSES)}
-    client_state = {"turns": jnp.int32(0), "noise": jnp.float32(0)}
-    return Server(jnp.int32(0), params, {"mean": jnp.zeros(PIXELS)}), client_state
+    own = {"turns": jnp.int32(0), "noise": jnp.float32(0)}
+    return Server(jnp.int32(0), params, {"mean": jnp.zeros(PIXELS)}), own
 
 
-def client_update(server, client_state, data, key):
-    start = Net(server.params, server.stats)
-    net, loss = fit(start, data, key, rate=0.5 / (1 + server.round))
-    client_state = {"turns": client_state["turns"] + 1, "noise": jax.random.uniform(key)}
-    update = {"params": sub(net.params, start.params), "stats": sub(net.stats, start.stats)}
+def client_update(sent, own, data, key):
+    start = Net(sent.params, sent.stats)
+    net, loss = fit(start, data, key, rate=0.5 / (1 + sent.round))
+    own = {"turns": own["turns"] + 1, "noise": jax.random.uniform(key)}
+    change = {"params": sub(net.params, start.params), "stats": sub(net.stats, start.stats)}
     metrics = {"loss": loss, "image_gradients": jnp.float32(8)}
-    return ClientUpdate(update, jnp.sum(data.weight), client_state, metrics)
+    return Reply(change, jnp.sum(data.weight), own, (), metrics)
 
 
-def server_update(server, mean):
-    params = jax.tree.map(jnp.add, server.params, mean["params"])
-    stats = jax.tree.map(jnp.add, server.stats, mean["stats"])
+def server_update(server, merged):
+    params = jax.tree.map(jnp.add, server.params, merged.change["params"])
+    stats = jax.tree.map(jnp.add, server.stats, merged.change["stats"])
     return Server(server.round + 1, params, stats)
 
 
-def personalize(server, client_state, data, key, steps):
-    start = Net(server.params, server.stats)
+def personalize(sent, own, data, key, steps):
+    start = Net(sent.params, sent.stats)
     return where(steps > 0, fit(start, data, key, steps=1)[0], start)
 
 
 ALGORITHM = Algorithm(
     init=init,
+    send=lambda server, client, key: server,
     client_update=client_update,
     server_update=server_update,
     personalize=personalize,
     forward=forward,
-    broadcast=lambda server: (server.params, server.stats),
     macs=PIXELS * CLASSES,
     global_model=lambda server: Net(server.params, server.stats),
     report=lambda server: {"server_round": server.round, "bias": jnp.sum(jnp.abs(server.params["b"]))},

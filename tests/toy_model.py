@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedmetanas_jax import local
-from fedmetanas_jax.core import Examples, Model
+from fedmetanas_jax import local, tree
+from fedmetanas_jax.core import Examples, Merged, Model, Reply
 
 PIXELS = 64
 
@@ -59,6 +59,23 @@ def model_loss(model: Model):
         return value, (moments, local.accuracy(logits, batch.label, batch.weight))
 
     return loss
+
+
+def ask(algorithm, server, own, data, key, client=0) -> Reply:
+    """What a client replies to the server's message."""
+    return algorithm.client_update(algorithm.send(server, jnp.int32(client), key), own, data, key)
+
+
+def merged(*replies: Reply) -> Merged:
+    """What the server learns of these replies of clients 0, 1, ...: their weighted mean."""
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *replies)
+    mean = tree.weighted_mean(stacked.change, stacked.weight)
+    return Merged(mean, jnp.arange(len(replies), dtype=jnp.int32), stacked.weight, stacked.report)
+
+
+def learnt(server, reply: Reply) -> dict:
+    """Where a client came to: what the server had, and the reply's change."""
+    return {part: tree.add(getattr(server, part), change) for part, change in reply.change.items()}
 
 
 def examples(n, size=None, classes=3, seed=0) -> Examples:

@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -11,43 +10,45 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fedmetanas_jax import tree
-from fedmetanas_jax.core import Algorithm, FederatedData, Phase, RoundState
-from fedmetanas_jax.engine import client_states, evaluate, report
+from fedmetanas_jax.core import Algorithm, FederatedData, Phase, RoundState, Tree
+from fedmetanas_jax.engine import client_states, measure, report
+from fedmetanas_jax.engine.ahead import Ahead
 from fedmetanas_jax.engine.checkpoint import Checkpoints
-from fedmetanas_jax.engine.mesh import OWN, padded, placed, put_data, put_state
-from fedmetanas_jax.engine.programs import Plan, Programs, floats
-from fedmetanas_jax.engine.round import cohort, init_state, payload, state_shapes
+from fedmetanas_jax.engine.mesh import padded, put_data, put_state
+from fedmetanas_jax.engine.programs import Conduct, Programs
+from fedmetanas_jax.engine.round import cohort, everyones, init_state, state_shapes, stream_key
 
 
 class Course:
-    """Where a run stands: its phase, that phase's programs, and the state between two rounds."""
+    """Where a run stands: its phase, the plan and the programs of that, and the state between two rounds."""
 
     def __init__(
-        self, phases: list[Phase], data: FederatedData, plan: Plan, mesh: Mesh | None, checkpoints: Checkpoints
+        self, phases: list[Phase], data: FederatedData, conduct: Conduct, mesh: Mesh | None, checkpoints: Checkpoints
     ):
-        self.phases, self.plan, self.mesh, self.checkpoints = phases, plan, mesh, checkpoints
+        self.phases, self.conduct, self.mesh, self.checkpoints = phases, conduct, mesh, checkpoints
         self.data = put_data(data, mesh)
-        self._made: dict[str, Algorithm] = {}
-        self._compiler, self._ahead = ThreadPoolExecutor(1), None
+        self._made: dict[tuple, Algorithm] = {}
+        self._ahead = Ahead()
         self.at_once = None  # as chosen for this phase before the run was broken off: another choice, other bits
+        self.lost = 0  # replies that were left out so far for not being finite
 
     def begin(self, say: Callable[[str], None]) -> None:
         """Restores the newest good checkpoint, or starts at round 0."""
         restored = self.checkpoints.restore_newest(self._template, say)
         if restored is None:
-            self.phase, (self.shape, _) = 0, self.phases[0].enter(None, None)
-            algorithm = self._algorithm_of(0, self.shape)
-            self._place_client_states(algorithm, say)
-            self.state = init_state(algorithm, self.plan.seed, self.plan.clients, self.mesh, self.hosted)
+            self.phase, (self.plan, _) = 0, self.phases[0].enter(None, None, self._phase_key(0))
+            algorithm = self._algorithm_of(0, self.plan)
+            self._place_owns(algorithm, say)
+            self.state = init_state(algorithm, self.conduct.seed, self.conduct.clients, self.mesh, self.hosted)
         else:
             _, meta, state = restored
-            self.phase, self.shape, self.at_once = meta["phase"], meta["plan"], meta["at_once"]
-            self._place_client_states(self._algorithm_of(self.phase, self.shape), say)
-            say(f"resuming after round {int(state.round)} of {self.plan.rounds}")
-            self.state = state if self.hosted else put_state(state, self.mesh)
+            self.phase, self.plan, self.at_once = meta["phase"], meta["plan"], meta["at_once"]
+            self._place_owns(self._algorithm_of(self.phase, self.plan), say)
+            say(f"resuming after round {int(state.round)} of {self.conduct.rounds}")
+            self.state = state if self.hosted else self._divided(state)
         self.done = int(self.state.round)
         self._load_programs(say)
-        self._look_ahead(say)
+        self._move_on({}, say)
 
     def advance(self, limit: int) -> list[dict]:
         """Runs the rounds up to the next one after which the host has something to do -> their records."""
@@ -59,141 +60,144 @@ class Course:
             self.state, metrics = self.programs("round", self.state, self.data, jnp.int32(stop))
         metrics = jax.tree.map(np.asarray, metrics)  # waits for the device
         seconds = (time.perf_counter() - clock - self.programs.seconds) / (stop - start)
-        report.check_finite(metrics, start, stop, self.checkpoints.candidates())
+        saved, allowed = self.checkpoints.candidates(), self.conduct.aggregate.allowed
+        self.lost = report.check_finite(metrics, start, stop, saved, self.lost, allowed)
         self.done = stop
-        return report.lines(metrics, start, stop, seconds, self.phase, self.algorithm, self.bytes_a_client)
+        return report.lines(metrics, start, stop, seconds, self.phase, self.algorithm)
 
     def evaluate(self, line: dict) -> None:
         """Adds what is due after this round to its record."""
-        plan = self.plan
-        if _due(self.done, plan.eval_every, plan.rounds) and self.programs.global_model is not None:
-            net = self.programs.global_model(self.state.server_state)
-            server, local, loss = self.programs.accuracies(net, self.state)
-            line |= {"server_accuracy": server, "local_accuracy": local, "server_loss": loss}
-            if self.programs.discrete_model is not None:
-                discrete = self.programs.discrete_model(self.state.server_state)
-                # Once a single operation an edge is left the two are one network.
-                same = bool(jnp.array_equal(discrete.mix, net.mix))
-                line["server_accuracy_discrete"] = server if same else self.programs.accuracies(discrete, self.state)[0]
-        if _due(self.done, plan.adapt_every, plan.rounds if plan.final_adapt else None):
-            depths = evaluate.depths(self.data, plan.batch, plan.epochs)
-            found = {steps: floats(evaluate.summary(self._personal(steps))) for steps in {*depths.values()}}
-            line["local_accuracy_by_depth"] = {name: found[steps] for name, steps in depths.items()}
-            # What the method itself gives its clients.
-            line["local_accuracy_adapted"] = found[depths[self.algorithm.depth]]
+        conduct = self.conduct
+        if _due(self.done, conduct.eval_every, conduct.rounds):
+            line |= measure.networks(self.programs, self.state)
+        if _due(self.done, conduct.adapt_every, conduct.rounds if conduct.final_adapt else None):
+            line |= measure.adapted(self.programs, self.state)
 
     def enter_next_phase(self, line: dict, say: Callable[[str], None]) -> float:
-        """If the next phase starts here, enters it and records the accuracy on both sides of the step.
+        """If the next phase, or a smaller program, is due here, enters it and records what that did.
 
-        Returns the seconds of compiling that the old phase's programs still had to account for.
+        Returns the seconds of compiling that the old programs still had to account for.
         """
         if self.phase + 1 == len(self.phases) or self.phases[self.phase + 1].start != self.done:
-            return 0.0
-        before = line.get("server_accuracy") or self._server_accuracy()
-        seconds = self.programs.spent_compiling()
+            return self._move_on(line, say)
+        before = line.get("server_accuracy") or measure.server_accuracy(self.programs, self.state)
+        seconds, clock = self.programs.spent_compiling(), time.perf_counter()
         self.phase += 1
         self.at_once = None
-        phase, clock = self.phases[self.phase], time.perf_counter()
-        self.shape, server_state = phase.enter(self.state.server_state, self.shape)
-        self.state = self.state._replace(server_state=put_data(server_state, self.mesh))
-        if self._algorithm_of(self.phase, self.shape) is not self.algorithm:
-            self._load_programs(say)
-            line["compile_seconds_ahead"] = self.programs.seconds_ahead
+        phase = self.phases[self.phase]
+        self.plan, server = phase.enter(self.state.server, self.plan, self._phase_key(self.phase))
+        self._enter(server, line, say)
+        seconds += self._move_on(line, say)
         line["event_stall_seconds"] = time.perf_counter() - clock  # beside the compiling that was not done ahead
-        after = self._server_accuracy()
-        line |= {"event": phase.event, "event_accuracy_before": before, "event_accuracy_after": after}
-        line |= {f"event_{name}": float(x) for name, x in self.programs.report(server_state).items()}
-        say(f"{phase.event} after round {self.done}: server accuracy {before:.4f} -> {after:.4f}")
-        self._look_ahead(say)
+        after = measure.server_accuracy(self.programs, self.state)
+        line |= measure.event(self.programs, self.state, phase.event, before, after)
+        accuracy = "" if before is None or after is None else f": server accuracy {before:.4f} -> {after:.4f}"
+        say(f"{phase.event} after round {self.done}{accuracy}")
         return seconds
 
-    def _look_ahead(self, say: Callable[[str], None]) -> None:
-        """If the next phase's program is known already, starts compiling it beside the rounds that still run."""
-        self._ahead = None
-        following = self.phases[self.phase + 1 : self.phase + 2]
-        if not following or following[0].foresee is None:
-            return
-        shape = following[0].foresee(self.state.server_state)
-        algorithm = self._algorithm_of(self.phase + 1, shape)
+    def save(self) -> None:
+        """A checkpoint of this moment, unless there is one. What clients keep is saved once a client."""
+        if self.done not in self.checkpoints.candidates():
+            meta = {"phase": self.phase, "plan": self.plan, "at_once": self.programs.at_once}
+            owns = jax.tree.map(lambda x: x[: self.conduct.clients], self.state.owns)
+            self.checkpoints.save(self.done, self.state._replace(owns=owns), meta)
+
+    def _move_on(self, line: dict, say: Callable[[str], None]) -> float:
+        """Moves to the smallest program that the server calls for, if that is due; else has it compiled meanwhile.
+
+        It is due `compile_ahead` rounds after the event that called for it, unless the next phase comes before:
+        a function of the round's number, so that a resumed run does what an unbroken one does.
+        """
+        phase, due = self.phases[self.phase], self._smaller_from()
+        if due is None:
+            return 0.0
+        plan, server = phase.smaller(self.state.server, self.plan)
+        if json.dumps(plan) == json.dumps(self.plan):
+            return 0.0
+        if self.done < due:
+            algorithm = self._algorithm_of(self.phase, plan)
+            self._ahead.compile(algorithm, self.conduct, self.data, self.mesh, self.hosted, due, say)
+            return 0.0
+        seconds = self.programs.spent_compiling()
+        self.plan = plan
+        self._enter(server, line, say)
+        return seconds
+
+    def _smaller_from(self) -> int | None:
+        """The round before which the phase's smaller program is entered; None where it is not."""
+        phase, following = self.phases[self.phase], self.phases[self.phase + 1 : self.phase + 2]
+        due = phase.start + self.conduct.compile_ahead
+        until = following[0].start if following else self.conduct.rounds
+        return due if phase.smaller is not None and (due < until or due == phase.start) else None
+
+    def _enter(self, server: Tree, line: dict, say: Callable[[str], None]) -> None:
+        """Goes on with this server under self.plan; clients start anew where what they keep has another form."""
+        self.state = self.state._replace(server=put_data(server, self.mesh))
+        algorithm = self._algorithm_of(self.phase, self.plan)
         if algorithm is self.algorithm:
             return
-        programs = Programs(algorithm, self.plan, self.data, self.mesh, self.hosted, None, say)
-        state = state_shapes(algorithm, self.plan.clients, self.mesh, self.hosted)
-        if self.hosted:
-            chosen = np.arange(self.plan.cohort)
-            state = state._replace(client_states=jax.eval_shape(tree.take, state.client_states, chosen))
-        say(f"compiling the program of round {following[0].start} meanwhile")
-        self._ahead = programs, self._compiler.submit(programs.compile_ahead, placed(state, self.mesh, self.hosted))
+        wanted = jax.eval_shape(algorithm.init, jax.random.key(0))[1]
+        if _form(wanted) != _form(jax.eval_shape(lambda x: tree.take(x, 0), self.state.owns)):
+            self._place_owns(algorithm, say)
+            own = jax.jit(algorithm.init)(self._phase_key(self.phase))[1]
+            self.state = self.state._replace(owns=everyones(own, self.conduct.clients))
+            if self.hosted:
+                self.state = self.state._replace(owns=jax.tree.map(np.array, self.state.owns))
+            else:
+                self.state = self._divided(self.state)
+            say(f"what clients keep has another form from round {self.done + 1} on: all start anew")
+        self._load_programs(say)
+        line["compile_seconds_ahead"] = self.programs.seconds_ahead
 
-    def save(self) -> None:
-        """A checkpoint of this moment, unless there is one."""
-        if self.done not in self.checkpoints.candidates():
-            meta = {"phase": self.phase, "plan": self.shape, "at_once": self.programs.at_once}
-            self.checkpoints.save(self.done, self.state, meta)
+    def _phase_key(self, phase: int):
+        return stream_key(self.conduct.seed, "phase", phase)
 
-    def _algorithm_of(self, phase: int, shape) -> Algorithm:
-        key = f"{id(self.phases[phase].make)} {json.dumps(shape)}"
+    def _algorithm_of(self, phase: int, plan) -> Algorithm:
+        made = self.phases[phase].make
+        key = made, json.dumps(plan)
         if key not in self._made:
-            self._made[key] = self.phases[phase].make(shape)
+            self._made[key] = made(plan)
         return self._made[key]
 
     def _template(self, meta: dict) -> RoundState:
         algorithm = self._algorithm_of(meta["phase"], meta["plan"])
-        self._place_client_states(algorithm, lambda text: None)
-        return state_shapes(algorithm, self.plan.clients, self.mesh, self.hosted)
+        self._place_owns(algorithm, lambda text: None)
+        return state_shapes(algorithm, self.conduct.clients, None, self.hosted)
 
-    def _place_client_states(self, algorithm: Algorithm, say: Callable[[str], None]) -> None:
-        plan = self.plan
-        nbytes = tree.nbytes(state_shapes(algorithm, plan.clients, self.mesh).client_states)
+    def _divided(self, state: RoundState) -> RoundState:
+        """A state with one row a client, filled up to equal shares of the devices and put there."""
+        rows = np.arange(padded(self.conduct.clients, self.mesh)) % self.conduct.clients
+        return put_state(state._replace(owns=tree.take(state.owns, rows)), self.mesh)
+
+    def _place_owns(self, algorithm: Algorithm, say: Callable[[str], None]) -> None:
+        nbytes = tree.nbytes(state_shapes(algorithm, self.conduct.clients, self.mesh).owns)
         devices = 1 if self.mesh is None else self.mesh.size
-        self.hosted, where = client_states.place(plan.client_states, nbytes, devices)
+        self.hosted, where = client_states.place(self.conduct.client_states, nbytes, devices)
         if nbytes:
             say(where)
         if self.hosted:  # the host has something to do after every round
-            self.plan = plan._replace(block=1)
+            self.conduct = self.conduct._replace(block=1)
 
     def _round_with_hosted_states(self) -> dict:
-        chosen = np.asarray(cohort(self.state.seed, self.state.round, self.plan.clients, self.plan.cohort))
-        everyone = self.state.client_states
-        given = self.state._replace(client_states=put_data(tree.take(everyone, chosen), self.mesh))
+        conduct, everyone = self.conduct, self.state.owns
+        chosen = np.asarray(cohort(self.state.seed, self.state.round, conduct.clients, conduct.cohort))
+        given = self.state._replace(owns=put_data(tree.take(everyone, chosen), self.mesh))
         after, metrics = self.programs("round", given, self.data, jnp.int32(self.done + 1))
-        client_states.put_on_host(everyone, chosen, after.client_states)
-        self.state = after._replace(client_states=everyone)
+        client_states.put_on_host(everyone, chosen, after.owns)
+        self.state = after._replace(owns=everyone)
         return metrics
 
-    def _personal(self, steps: int) -> np.ndarray:
-        """[clients]: every client's accuracy with its own network after so many personalising steps."""
-        clients, mesh = self.plan.clients, self.mesh
-        # What is on the host comes in portions of about a cohort, the last one filled up.
-        portion = padded(self.plan.cohort if self.hosted else clients, mesh)
-        found = []
-        for start in range(0, clients, portion):
-            rows = np.arange(start, start + portion, dtype=np.int32)
-            state = self.state
-            if self.hosted:
-                own = put_data(tree.take(state.client_states, rows % clients), mesh, OWN)
-                state = state._replace(client_states=own)
-            ids = put_data(rows % clients, mesh, OWN)
-            found.append(np.asarray(self.programs("adaptation", state, ids, self.data, jnp.int32(steps))))
-        return np.concatenate(found)[:clients]
-
     def _load_programs(self, say: Callable[[str], None]) -> None:
-        self.algorithm = self._algorithm_of(self.phase, self.shape)
-        if self._ahead is not None and self._ahead[0].algorithm is self.algorithm:
-            self.programs, compiling = self._ahead
-            compiling.result()  # waits, and raises what went wrong there
-        else:
-            given = self.plan, self.data, self.mesh, self.hosted, self.at_once
+        self.algorithm = self._algorithm_of(self.phase, self.plan)
+        self.programs = self._ahead.take(self.algorithm)
+        if self.programs is None:
+            given = self.conduct, self.data, self.mesh, self.hosted, self.at_once
             self.programs = Programs(self.algorithm, *given, say)
-        self.bytes_a_client = payload(self.algorithm, self.state, self.data)
-
-    def _server_accuracy(self) -> float:
-        return self.programs.accuracies(self.programs.global_model(self.state.server_state), self.state)[0]
 
     def _next_stop(self, limit: int) -> int:
-        plan, done = self.plan, self.done
-        stops = [plan.rounds, limit, done + plan.block]
-        for every in (plan.eval_every, plan.adapt_every, plan.checkpoint_every):
+        conduct, done = self.conduct, self.done
+        stops = [conduct.rounds, limit, done + conduct.block, self._smaller_from() or 0]
+        for every in (conduct.eval_every, conduct.adapt_every, conduct.checkpoint_every):
             if every:
                 stops.append(done - done % every + every)
         stops += [phase.start for phase in self.phases]
@@ -202,3 +206,8 @@ class Course:
 
 def _due(done: int, every: int, last: int | None) -> bool:
     return done == last or (every > 0 and done % every == 0)
+
+
+def _form(own: Tree) -> tuple:
+    """Structure, shapes and types of what one client keeps."""
+    return jax.tree.structure(own), [(x.shape, x.dtype) for x in jax.tree.leaves(own)]

@@ -6,7 +6,7 @@ Prune events are vertical lines; on the accuracies an arrow leads from just befo
 import io
 from pathlib import Path
 
-from fedmetanas_jax.engine.records import write_bytes
+from fedmetanas_jax.files import write_bytes
 
 ACCURACIES = (
     ("server", "server_accuracy", None, "#0072B2", "-"),

@@ -130,29 +130,30 @@ def make_personal(
     """-> personal(state: RoundState, clients [s], data, steps []) -> accuracy [s] after adaptation, jitted.
 
     Every one of `clients` int32 personalizes on its training rows for `steps` int32 steps (a value: one program
-    for every depth) and answers its test rows; the state is left as it is. state.client_states are the rows of
+    for every depth) and answers its test rows; the state is left as it is. state.owns are the rows of
     just these clients. "recalibrated" takes the client's own training rows (the repeats that fill them up
     included). `at_once` as in make_round; on a mesh s is a multiple of its size, and a device works on the
     share whose states it holds. Randomness is a function of (seed, state.round, client), not training's.
     """
     check_bn_eval(bn_eval)
 
-    def adapted(server_state, client_state, own: Examples, key, steps, image: Array, label: Array, size: Array):
-        net = algorithm.personalize(server_state, client_state, own, key, steps)
+    def adapted(message, own, rows: Examples, key, steps, image: Array, label: Array, size: Array):
+        net = algorithm.personalize(message, own, rows, key, steps)
         if bn_eval == "recalibrated":
-            net = recalibrate(algorithm.forward, net, own.image, batch)
+            net = recalibrate(algorithm.forward, net, rows.image, batch)
         correct, _ = answers(algorithm.forward, net, image, label, size, batch, bn_eval == "batch")
         return jnp.sum(correct & (jnp.arange(label.size) < size)) / size
 
     def personal(state: RoundState, clients: Array, data: FederatedData, steps: Array) -> Array:
         def client(x) -> Array:
-            k, client_state = x
-            start = state.server_state, client_state, train_examples(data, k)
+            k, own = x
+            message = algorithm.send(state.server, k, stream_key(state.seed, "send", state.round, k))
             key = stream_key(state.seed, "personal", state.round, k)
             image, label = data.image[data.test[k]], data.label[data.test[k]]
+            start = message, own, train_examples(data, k)
             return apart(adapted)(*start, key, steps, image, label, data.test_size[k])
 
-        return map_some(client, (clients, state.client_states), at_once)
+        return map_some(client, (clients, state.owns), at_once)
 
     return jax.jit(on_mesh(personal, mesh, (STATE, OWN, ALL, ALL), OWN))
 

@@ -10,7 +10,7 @@ from fedmetanas_jax.core import RoundState, Tree
 
 ALL = PartitionSpec()  # a full copy on every device
 OWN = PartitionSpec("clients")  # the leading axis divided, a consecutive share each
-STATE = RoundState(round=ALL, seed=ALL, server_state=ALL, client_states=OWN)
+STATE = RoundState(round=ALL, seed=ALL, server=ALL, owns=OWN)
 
 
 def clients_mesh(devices: int) -> Mesh | None:
@@ -49,16 +49,16 @@ def put_state(state: RoundState, mesh: Mesh | None) -> RoundState:
     return RoundState(*(put_data(part, mesh, spec) for part, spec in zip(state, STATE, strict=True)))
 
 
-def placed(shapes: RoundState, mesh: Mesh | None, hosted: bool) -> RoundState:
+def told(shapes: RoundState, mesh: Mesh | None, hosted: bool) -> RoundState:
     """The shapes of a state with word of where it will lie, as a program that is compiled ahead must know."""
     if mesh is None:
         return shapes
-    specs = STATE._replace(client_states=ALL) if hosted else STATE
+    specs = STATE._replace(owns=ALL) if hosted else STATE
 
-    def told(spec: PartitionSpec) -> Callable:
+    def lying(spec: PartitionSpec) -> Callable:
         return lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
-    return RoundState(*(jax.tree.map(told(spec), part) for part, spec in zip(shapes, specs, strict=True)))
+    return RoundState(*(jax.tree.map(lying(spec), part) for part, spec in zip(shapes, specs, strict=True)))
 
 
 def on_mesh(function: Callable, mesh: Mesh | None, in_specs: Tree, out_specs: Tree) -> Callable:

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from fedmetanas_jax.core import Algorithm, FederatedData, Net, RoundState
+from fedmetanas_jax.core import Aggregate, Algorithm, FederatedData, Net, RoundState
 from fedmetanas_jax.engine import evaluate
 from fedmetanas_jax.engine.mesh import free_bytes
-from fedmetanas_jax.engine.round import make_round
+from fedmetanas_jax.engine.round import MEAN, make_round
 
 
-class Plan(NamedTuple):
+class Conduct(NamedTuple):
     """How a run goes about its rounds; the names are Config's."""
 
     rounds: int
@@ -25,6 +25,7 @@ class Plan(NamedTuple):
     epochs: int
     at_once: int  # -1: as many as the device's memory allows
     block: int
+    compile_ahead: int
     client_states: str
     bn_eval: str
     eval_batch: int
@@ -32,6 +33,7 @@ class Plan(NamedTuple):
     adapt_every: int
     final_adapt: bool
     checkpoint_every: int
+    aggregate: Aggregate = MEAN
 
 
 class Programs:
@@ -40,7 +42,7 @@ class Programs:
     def __init__(
         self,
         algorithm: Algorithm,
-        plan: Plan,
+        conduct: Conduct,
         data: FederatedData,
         mesh: Mesh | None,
         hosted: bool,
@@ -48,9 +50,9 @@ class Programs:
         say: Callable,
     ):
         """`at_once` is what was chosen for this algorithm before, None if nothing was."""
-        self.algorithm, self.plan, self.data, self.mesh = algorithm, plan, data, mesh
+        self.algorithm, self.conduct, self.data, self.mesh = algorithm, conduct, data, mesh
         self.hosted, self.say = hosted, say
-        self.at_once = plan.at_once if plan.at_once >= 0 else at_once
+        self.at_once = conduct.at_once if conduct.at_once >= 0 else at_once
         self.seconds = self.seconds_ahead = 0.0
         self._compiled: dict = {}
         # Small, but operation by operation they would be compiled a hundred times over.
@@ -69,12 +71,13 @@ class Programs:
 
     def compile_ahead(self, state: RoundState) -> None:
         """Compiles what a round and an evaluation need before the first one is due; `state` may be its shapes."""
-        net = jax.eval_shape(self.algorithm.global_model, state.server_state)
+        self.seconds_ahead = self._compile("round", state, self.data, jax.ShapeDtypeStruct((), jnp.int32))
+        if self.algorithm.global_model is None:
+            return
         rows = None
-        if self.plan.bn_eval == "recalibrated":
+        if self.conduct.bn_eval == "recalibrated":
             rows = jax.ShapeDtypeStruct((evaluate.CALIBRATION,), jnp.int32)
-        stop = jax.ShapeDtypeStruct((), jnp.int32)
-        self.seconds_ahead = self._compile("round", state, self.data, stop)
+        net = jax.eval_shape(self.algorithm.global_model, state.server)
         self.seconds_ahead += self._compile("evaluation", net, self.data, rows)
 
     def _compile(self, name: str, *arguments) -> float:
@@ -86,10 +89,11 @@ class Programs:
         return time.perf_counter() - start
 
     def _made(self, name: str, at_once: int) -> Callable:
-        plan, common = self.plan, {"at_once": at_once, "mesh": self.mesh}
-        sizes = {"batch": plan.eval_batch, "bn_eval": plan.bn_eval}
+        conduct, common = self.conduct, {"at_once": at_once, "mesh": self.mesh}
+        sizes = {"batch": conduct.eval_batch, "bn_eval": conduct.bn_eval}
         if name == "round":
-            shape = {"cohort_size": plan.cohort, "block": plan.block, "hosted": self.hosted}
+            shape = {"cohort_size": conduct.cohort, "block": conduct.block, "hosted": self.hosted}
+            shape["aggregate"] = conduct.aggregate
             return make_round(self.algorithm, **shape, **common)
         if name == "evaluation":
             return evaluate.make_evaluate(self.algorithm, **sizes)
@@ -99,7 +103,7 @@ class Programs:
         """The round with all of a device's clients in one vmap or, where XLA says that this takes more than the
         memory that is free, with as many as its figure lets expect to fit."""
         devices = 1 if self.mesh is None else self.mesh.size
-        clients = at_once = -(-self.plan.cohort // devices)
+        clients = at_once = -(-self.conduct.cohort // devices)
         while True:
             compiled = self._made("round", at_once).lower(*arguments).compile()
             needed, room = compiled.memory_analysis().temp_size_in_bytes, free_bytes()
@@ -120,8 +124,8 @@ class Programs:
         """(server accuracy, local accuracies without adaptation, loss) of one network for everybody."""
         last = jnp.maximum(state.round - 1, 0)
         rows = None
-        if self.plan.bn_eval == "recalibrated":
-            rows = evaluate.calibration_rows(self.data, state.seed, last, self.plan.cohort)
+        if self.conduct.bn_eval == "recalibrated":
+            rows = evaluate.calibration_rows(self.data, state.seed, last, self.conduct.cohort)
         correct, loss = self("evaluation", net, self.data, rows)
         local = evaluate.summary(evaluate.local_accuracy(correct, self.data))
         return float(evaluate.server_accuracy(correct)), floats(local), float(loss)

@@ -1,12 +1,10 @@
-"""What a run writes in its workdir: one JSON line a round, small files whole or not at all, and its claim.
+"""What a run writes in its workdir: one JSON line a round, and its claim to the folder.
 
-A file is either written under another name and renamed, or appended to one fsynced line at a time: a
-process killed at any moment leaves complete files and at most one torn last line.
+Lines are appended and synced one at a time: a process killed at any moment leaves at most one torn last line.
 """
 
 import fcntl
 import json
-import math
 import os
 import platform
 from collections.abc import Callable
@@ -14,7 +12,8 @@ from importlib import metadata
 from pathlib import Path
 
 import jax
-import numpy as np
+
+from fedmetanas_jax.files import to_json, write_json, write_text
 
 CONFIG, LOCK = "config.json", ".lock"
 PACKAGES = ("fedmetanas_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -27,7 +26,7 @@ class WorkdirError(Exception):
 def append(path: str | Path, record: dict) -> None:
     """Adds one line; on return it is on the disk. A record that was torn before must be truncated first."""
     with open(path, "ab") as file:
-        file.write(_dumps(record).encode() + b"\n")
+        file.write(to_json(record).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 
@@ -57,29 +56,8 @@ def read(path: str | Path) -> list[dict]:
 def truncate(path: str | Path, rounds: int) -> list[dict]:
     """Keeps the records with record["round"] <= rounds, drops the others and a torn line; returns those."""
     kept = [record for record in read(path) if record["round"] <= rounds]
-    write_text(path, "".join(_dumps(record) + "\n" for record in kept))
+    write_text(path, "".join(to_json(record) + "\n" for record in kept))
     return kept
-
-
-def write_json(path: str | Path, value) -> None:
-    """Writes a JSON file for people to read; NaN and infinities become null, as in records."""
-    write_text(path, _dumps(value, indent=2) + "\n")
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Replaces a text file: a reader finds the old one or the new one, never a part."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: str | Path, data: bytes) -> None:
-    """Replaces a file: a reader finds the old one or the new one, never a part."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def versions() -> dict:
@@ -95,11 +73,12 @@ def versions() -> dict:
     }
 
 
-def claim(workdir: str | Path, config: dict, say: Callable[[str], None]):
+def claim(workdir: str | Path, config: dict, say: Callable[[str], None], may_change: frozenset[str] = frozenset()):
     """Makes `workdir` this run's own: an open file, to be kept (or used in `with`) while the run lasts.
 
-    The first run writes config.json; a later one must have an equal config. What differs in the versions
-    is said, because then the bits may differ too. The claim ends with the process, however that ends.
+    The first run writes config.json; a later one must have an equal config, but for the fields named in
+    `may_change`, which say how a run is run and not what it is. What differs in those and in the versions is said,
+    because then the last bits may differ too. The claim ends with the process, however that ends.
 
     WorkdirError: `workdir` is a file, cannot be written, is in use, or belongs to another config.
     """
@@ -112,14 +91,14 @@ def claim(workdir: str | Path, config: dict, say: Callable[[str], None]):
     except OSError as error:
         raise WorkdirError(f"cannot write in workdir {workdir}: {error.strerror}") from None
     try:
-        _claim(workdir, lock, config, say)
+        _claim(workdir, lock, config, say, may_change)
     except BaseException:
         lock.close()
         raise
     return lock
 
 
-def _claim(workdir: Path, lock, config: dict, say: Callable[[str], None]) -> None:
+def _claim(workdir: Path, lock, config: dict, say: Callable[[str], None], may_change: frozenset[str]) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -131,7 +110,7 @@ def _claim(workdir: Path, lock, config: dict, say: Callable[[str], None]) -> Non
     lock.truncate(0)
     lock.write(f"{os.getpid()}\n")
     lock.flush()
-    config, now = json.loads(_dumps(config)), versions()
+    config, now = json.loads(to_json(config)), versions()
     path = workdir / CONFIG
     if not path.exists():
         try:
@@ -141,7 +120,8 @@ def _claim(workdir: Path, lock, config: dict, say: Callable[[str], None]) -> Non
         return
     try:
         first = json.loads(path.read_text())
-        differs = _differences(first["config"], config)
+        same, other = ({name: x for name, x in c.items() if name not in may_change} for c in (first["config"], config))
+        differs, how = _differences(same, other), _differences(first["config"], config)
         changed = _differences(first["versions"], now)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise WorkdirError(f"{path} is damaged; put it back, or use another workdir") from None
@@ -150,6 +130,8 @@ def _claim(workdir: Path, lock, config: dict, say: Callable[[str], None]) -> Non
             f"workdir {workdir} belongs to a run of another config: {differs}; "
             "go on with that config, or use another workdir"
         )
+    if how:
+        say(f"goes on in another way than the run was begun: {how}")
     if changed:
         say(f"the run in {workdir} was begun elsewhere ({changed}): its numbers may differ in the last bits")
 
@@ -178,20 +160,3 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"  # such as this package, run from its source folder
-
-
-def _dumps(value, indent: int | None = None) -> str:
-    return json.dumps(_plain(value), indent=indent, allow_nan=False)
-
-
-def _plain(value):
-    """Arrays and numpy numbers as Python's own; what JSON has no number for as None."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, jax.Array | np.ndarray | np.generic):
-        return _plain(np.asarray(value).tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

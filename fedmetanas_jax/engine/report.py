@@ -12,60 +12,78 @@ class NonFiniteError(ArithmeticError):
     """A number became infinite or NaN. The message is one line for the user."""
 
 
-def lines(
-    metrics: dict, start: int, stop: int, seconds: float, phase: int, algorithm: Algorithm, bytes_a_client: dict
-) -> list[dict]:
-    """One record a round for rounds start + 1 .. stop; the leaves of metrics are [block, cohort] or [block]."""
+def lines(metrics: dict, start: int, stop: int, seconds: float, phase: int, algorithm: Algorithm) -> list[dict]:
+    """One record a round for rounds start + 1 .. stop; the leaves of metrics are [block, cohort] or [block].
+
+    What clients measured is averaged over those whose reply is finite; the others are named, "dropped".
+    """
     out = []
     for i in range(stop - start):
         row = {name: x[i] for name, x in metrics.items() if name not in ("client", "finite")}
-        gradients = float(np.sum(row.pop("image_gradients")))
-        line = {"round": start + i + 1, "phase": phase, "seconds": seconds}
-        line |= {name: float(np.mean(x)) for name, x in row.items()}
-        line |= {"cohort": metrics["client"][i].tolist(), "image_gradients": gradients}
+        clients, finite = metrics["client"][i], metrics["finite"][i]
+        sums = {name: int(np.sum(row.pop(name), dtype=np.int64)) for name in ("bytes_up", "bytes_down")}
+        gradients = float(np.sum(row.pop("image_gradients")[finite]))
         # A backward pass costs about two forward passes.
-        line |= {"macs": 3 * algorithm.macs * gradients}
-        line |= {name: n * len(metrics["client"][i]) for name, n in bytes_a_client.items()}
+        macs = float(np.sum(row.pop("macs")[finite])) if "macs" in row else 3 * algorithm.macs * gradients
+        line = {"round": start + i + 1, "phase": phase, "seconds": seconds}
+        heard = {name: x[finite] if x.ndim else x for name, x in row.items()}
+        line |= {name: float(np.mean(x)) for name, x in heard.items() if x.size}
+        line |= {"cohort": clients.tolist(), "image_gradients": gradients, "macs": macs} | sums
+        if not all(finite):
+            line["dropped"] = clients[~finite].tolist()
         out.append(line)
     return out
 
 
-def check_finite(metrics: dict, start: int, stop: int, saved: list[int]) -> None:
-    """NonFiniteError with round, client and quantity of the first number of rounds start + 1 .. stop that is none.
+def check_finite(metrics: dict, start: int, stop: int, saved: list[int], lost: int, allowed: int) -> int:
+    """The replies that were not finite, in the run up to round `stop`; `lost` of them before round start + 1.
 
+    NonFiniteError with round, client and quantity of the first one beyond `allowed`, or of a server's number.
     `saved`: the rounds that have a checkpoint, newest first.
     """
+    kept = f"the checkpoint of round {saved[0]} is kept" if saved else "there is no checkpoint yet"
     for i in range(stop - start):
+        where = f"round {start + i + 1}"
         for place, client in enumerate(metrics["client"][i]):
-            for name, x in metrics.items():
-                value = x[i] if x.ndim == 1 else x[i, place]
-                bad = not value if name == "finite" else not np.isfinite(value)
-                if bad and (x.ndim == 2 or place == 0):
-                    what = "its update (weights, statistics or alphas)" if name == "finite" else f"{name} = {value}"
-                    kept = f"the checkpoint of round {saved[0]} is kept" if saved else "there is no checkpoint yet"
-                    where = f"client {client}" if x.ndim == 2 else "the server"
-                    raise NonFiniteError(f"round {start + i + 1}, {where}: {what} is not finite; {kept}")
+            if metrics["finite"][i, place]:
+                continue
+            lost += 1
+            if lost > allowed:
+                bad = [name for name, x in metrics.items() if x.ndim == 2 and not np.isfinite(x[i, place])]
+                what = f"{bad[0]} = {metrics[bad[0]][i, place]}" if bad else "its reply (weights, statistics or alphas)"
+                more = f"; {allowed} such replies may be left out in a run (config.aggregate)" if allowed else ""
+                raise NonFiniteError(f"{where}, client {client}: {what} is not finite{more}; {kept}")
+        for name, x in metrics.items():
+            if x.ndim == 1 and not np.isfinite(x[i]):
+                raise NonFiniteError(f"{where}, the server: {name} = {x[i]} is not finite; {kept}")
+    return lost
 
 
 def summarize(lines: list[dict]) -> dict:
-    """The figures a run reports: last and best accuracies, seconds, memory (D-35: mean of the last 20 rounds)."""
+    """The figures a run reports: last and best accuracies, seconds, memory (D-35: mean of the last 20 rounds).
+
+    Server accuracies are absent where a method has no network that serves everybody.
+    """
     scored = [line for line in lines if "server_accuracy" in line]
     recent = [line["server_accuracy"] for line in scored if line["round"] > lines[-1]["round"] - 20]
-    best = max(scored, key=lambda line: line["server_accuracy"])
     seconds = [line["seconds"] for line in lines]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     names = (
         "server_accuracy", "server_accuracy_discrete", "local_accuracy", "local_accuracy_adapted",
         "local_accuracy_by_depth",
     )  # fmt: skip
-    return {
-        "rounds": lines[-1]["round"],
-        **{name: scored[-1][name] for name in names if name in scored[-1]},
-        "server_accuracy_last_20_rounds": sum(recent) / len(recent),
-        "server_accuracy_best": {"round": best["round"], "accuracy": best["server_accuracy"]},
+    figures = {"rounds": lines[-1]["round"]}
+    for line in lines:
+        figures |= {name: line[name] for name in names if name in line}  # the last one stays
+    if scored:
+        best = max(scored, key=lambda line: line["server_accuracy"])
+        figures["server_accuracy_last_20_rounds"] = sum(recent) / len(recent)
+        figures["server_accuracy_best"] = {"round": best["round"], "accuracy": best["server_accuracy"]}
+    return figures | {
         "seconds_in_rounds": sum(seconds),
         "seconds_a_round_median": float(np.median(seconds)),
         "seconds_compiling": sum(line.get("compile_seconds", 0.0) for line in lines),
+        "replies_dropped": sum(len(line.get("dropped", ())) for line in lines),
         "image_gradients": sum(line["image_gradients"] for line in lines),
         "macs": sum(line["macs"] for line in lines),
         "bytes_up": sum(line["bytes_up"] for line in lines),

@@ -1,10 +1,10 @@
 """One federated round as one compiled program; knows no algorithm by name.
 
-    cohort, keys <- (seed, round)      map over the cohort: gather rows, algorithm.client_update
-    weighted mean of the updates       algorithm.server_update       put the cohort's client states back
+    cohort, keys <- (seed, round)      map over the cohort: algorithm.send, gather rows, algorithm.client_update
+    aggregate the changes              algorithm.server_update       put back what the cohort's clients keep
 
-Here live jit, vmap, shard_map, donation and the choice of clients. Server state and data are replicated on
-every device of a mesh; what is divided is the cohort's work and where the clients' states are kept.
+Here live jit, vmap, shard_map, donation and the choice of clients. The server and the data are replicated on
+every device of a mesh; what is divided is the cohort's work and where clients' own states are kept.
 """
 
 from collections.abc import Callable
@@ -15,11 +15,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from fedmetanas_jax import tree
-from fedmetanas_jax.core import Algorithm, Array, Examples, FederatedData, RoundState, Tree
+from fedmetanas_jax.core import Aggregate, Algorithm, Array, Examples, FederatedData, Merged, Reply, RoundState, Tree
+from fedmetanas_jax.engine import aggregate as aggregates
 from fedmetanas_jax.engine import client_states
 from fedmetanas_jax.engine.mesh import ALL, STATE, on_mesh, padded
 
-STREAMS = ("init", "cohort", "train", "personal", "calibration")  # append only: the place is the salt
+# Append only: the place is the salt.
+STREAMS = ("init", "cohort", "train", "personal", "calibration", "send", "aggregate", "phase")
+MEAN = aggregates.mean()
 
 
 def stream_key(seed: Array | int, stream: str, *numbers) -> Array:
@@ -46,25 +49,27 @@ def cohort(seed: Array | int, round: Array, clients: int, size: int) -> Array:
 def init_state(
     algorithm: Algorithm, seed: int, clients: int, mesh: Mesh | None = None, hosted: bool = False
 ) -> RoundState:
-    """The state before round 0; every client starts from the one client_state that init returns.
+    """The state before round 0; every client starts from the one `own` that init returns.
 
-    On a mesh the clients' states are filled up to equal shares and divided; `hosted` ones are numpy arrays.
+    On a mesh clients' own states are filled up to equal shares and divided; `hosted` ones are numpy arrays.
     """
 
     def init(seed: Array) -> RoundState:
-        server_state, client_state = algorithm.init(stream_key(seed, "init"))
-        everyone = client_state
-        if not hosted:
-            rows = padded(clients, mesh)
-            everyone = jax.tree.map(lambda x: jnp.broadcast_to(x, (rows, *jnp.shape(x))), client_state)
-        return RoundState(jnp.zeros((), jnp.int32), seed, server_state, everyone)
+        server, own = algorithm.init(stream_key(seed, "init"))
+        owns = own if hosted else everyones(own, padded(clients, mesh))
+        return RoundState(jnp.zeros((), jnp.int32), seed, server, owns)
 
-    spec = STATE._replace(client_states=ALL) if hosted else STATE
+    spec = STATE._replace(owns=ALL) if hosted else STATE
     where = None if mesh is None else RoundState(*(NamedSharding(mesh, part) for part in spec))
     state = jax.jit(init, out_shardings=where)(jnp.uint32(seed))
     if not hosted:
         return state
-    return state._replace(client_states=jax.tree.map(lambda x: np.stack([x] * clients), state.client_states))
+    return state._replace(owns=jax.tree.map(lambda x: np.stack([x] * clients), state.owns))
+
+
+def everyones(own: Tree, rows: int) -> Tree:
+    """The state of one client as that of all: leaves [...] -> [rows, ...]."""
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (rows, *jnp.shape(x))), own)
 
 
 def state_shapes(algorithm: Algorithm, clients: int, mesh: Mesh | None = None, hosted: bool = False) -> RoundState:
@@ -72,7 +77,7 @@ def state_shapes(algorithm: Algorithm, clients: int, mesh: Mesh | None = None, h
     shapes = jax.eval_shape(lambda: init_state(algorithm, 0, padded(clients, mesh)))
     if not hosted:
         return shapes
-    return shapes._replace(client_states=jax.tree.map(lambda x: np.empty(x.shape, x.dtype), shapes.client_states))
+    return shapes._replace(owns=jax.tree.map(lambda x: np.empty(x.shape, x.dtype), shapes.owns))
 
 
 def train_examples(data: FederatedData, client: Array) -> Examples:
@@ -123,6 +128,21 @@ def map_clients(function: Callable, xs: Tree, at_once: int, mesh: Mesh | None) -
     return jax.tree.map(lambda x: x[:size], gathered)
 
 
+def ask(algorithm: Algorithm, server: Tree, own: Tree, data: FederatedData, seed, round, client: Array) -> Reply:
+    """What a client replies to the server's message of this round, on its own training rows."""
+    # `send` is part of what is mapped over clients, so what is the same for all of them exists once.
+    message = algorithm.send(server, client, stream_key(seed, "send", round, client))
+    work = apart(algorithm.client_update)
+    return work(message, own, train_examples(data, client), client_key(seed, round, client))
+
+
+def traffic(algorithm: Algorithm, server: Tree, replies: Reply) -> dict[str, int]:
+    """bytes_up, bytes_down: the sizes of what one client sends and is sent in a round (methods section 12.2)."""
+    message = jax.eval_shape(lambda: algorithm.send(server, jnp.int32(0), jax.random.key(0)))
+    one = jax.eval_shape(lambda: tree.take((replies.change, replies.report), 0))
+    return {"bytes_up": tree.nbytes(one), "bytes_down": tree.nbytes(message)}
+
+
 def make_round(
     algorithm: Algorithm,
     *,
@@ -131,6 +151,7 @@ def make_round(
     mesh: Mesh | None = None,
     block: int = 1,
     hosted: bool = False,
+    aggregate: Aggregate = MEAN,
 ) -> Callable:
     """-> step(state: RoundState, data: FederatedData, stop [] int32) -> (state, metrics), jitted.
 
@@ -138,16 +159,20 @@ def make_round(
     state.round (a block of 1 is one round and does not read it). The state given is donated, so gone after.
 
     metrics: name -> [block, cohort] of what the clients measured, "client" their ids int32, "finite" bool
-    (all a client sends and keeps is a number); and name -> [block] of algorithm.report on the server's state
-    after the round. Rows past the rounds run are zero.
+    (all a client sends, keeps and measures is a number), "bytes_up" and "bytes_down" int32 (`traffic`, unless the
+    clients measure them); and name -> [block] of algorithm.report on the server after the round. Rows past the rounds
+    run are zero.
 
-    hosted: the given and the returned state.client_states are the rows of the round's cohort alone, for clients
-    whose states stay on the host; a block is then one round.
+    A client whose weight the aggregate leaves at 0 (or NaN) keeps what it had. Where that is the whole cohort, so
+    does the server, but for its round.
 
-    A mesh sums the updates in the cohort's order, as one device does, so it adds no rounding of its own.
+    hosted: the given and the returned state.owns are the rows of the round's cohort alone, for clients whose states
+    stay on the host; a block is then one round.
+
+    A mesh takes the changes in the cohort's order, as one device does, so it adds no rounding of its own.
     The same bits come out where the clients are worked on in the same groups (always for at_once=1).
     ValueError for a block below 1 and, at the first call, for a cohort or an `at_once` that cannot be and for
-    a name that the metrics and the report both use.
+    a name that two of the metrics use.
     """
     if block < 1:
         raise ValueError(f"block={block}: a dispatch runs at least 1 round")
@@ -157,25 +182,28 @@ def make_round(
     # Jitted in itself so that it is traced once, though its shapes and its body are both asked for below.
     @jax.jit
     def one_round(state: RoundState, data: FederatedData) -> tuple[RoundState, dict]:
-        chosen = cohort(state.seed, state.round, data.train.shape[0], cohort_size)
-        own = state.client_states if hosted else client_states.take(state.client_states, chosen, mesh)
-
-        def client(x):
-            k, client_state = x
-            key, work = client_key(state.seed, state.round, k), apart(algorithm.client_update)
-            return work(state.server_state, client_state, train_examples(data, k), key)
-
-        out = map_clients(client, (chosen, own), at_once, mesh)
-        finite = jax.vmap(tree.all_finite)((out.update, out.weight, out.client_state))
-        server_state = algorithm.server_update(state.server_state, tree.weighted_mean(out.update, out.weight))
-        after = out.client_state
+        _, seed, server, owns = state
+        chosen = cohort(seed, state.round, data.train.shape[0], cohort_size)
+        before = owns if hosted else client_states.take(owns, chosen, mesh)
+        replies = map_clients(
+            lambda x: ask(algorithm, server, x[1], data, seed, state.round, x[0]), (chosen, before), at_once, mesh
+        )
+        finite = jax.vmap(tree.all_finite)(replies)
+        change, weight, more = aggregate.apply(
+            replies.change, jnp.where(finite, replies.weight, jnp.nan), stream_key(seed, "aggregate", state.round)
+        )
+        taken = weight > 0
+        moved = algorithm.server_update(server, Merged(change, chosen, weight, replies.report))
+        server = tree.where(jnp.any(taken), moved, server._replace(round=moved.round))
+        after = jax.vmap(tree.where)(taken, replies.own, before)
         if not hosted:
-            after = client_states.put(state.client_states, chosen, after, mesh)
-        engine, report = {"client": chosen, "finite": finite}, algorithm.report(server_state)
-        names = [*engine, *out.metrics, *report]
+            after = client_states.put(owns, chosen, after, mesh)
+        sent = {name: jnp.full(cohort_size, n, jnp.int32) for name, n in traffic(algorithm, server, replies).items()}
+        found = [{"client": chosen, "finite": finite}, sent | replies.metrics, more, algorithm.report(server)]
+        names = [name for part in found for name in part]
         if len(set(names)) < len(names):
-            raise ValueError(f"a name twice among metrics {[*out.metrics]}, report {[*report]}, {[*engine]}")
-        return RoundState(state.round + 1, state.seed, server_state, after), engine | out.metrics | report
+            raise ValueError(f"a name twice among the metrics of engine, clients, aggregate and report: {names}")
+        return RoundState(state.round + 1, seed, server, after), {n: x for part in found for n, x in part.items()}
 
     def step(state: RoundState, data: FederatedData, stop: Array) -> tuple[RoundState, dict]:
         if block == 1:
@@ -194,19 +222,5 @@ def make_round(
         )
         return state, rows
 
-    state_spec = STATE._replace(client_states=ALL) if hosted else STATE
+    state_spec = STATE._replace(owns=ALL) if hosted else STATE
     return jax.jit(on_mesh(step, mesh, (state_spec, ALL, ALL), (state_spec, ALL)), donate_argnums=0)
-
-
-def payload(algorithm: Algorithm, state: RoundState, data: FederatedData) -> dict[str, int]:
-    """bytes_up, bytes_down: what one client sends and is sent in a round (methods section 12.2)."""
-
-    def update(server_state: Tree, client_state: Tree, data: FederatedData) -> Tree:
-        key = client_key(0, 0, 0)
-        return algorithm.client_update(server_state, client_state, train_examples(data, 0), key).update
-
-    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state.client_states)
-    return {
-        "bytes_up": tree.nbytes(jax.eval_shape(update, state.server_state, one, data)),
-        "bytes_down": tree.nbytes(jax.eval_shape(algorithm.broadcast, state.server_state)),
-    }

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import NamedTuple
 
 from jax.sharding import Mesh
 
@@ -17,55 +18,75 @@ from fedmetanas_jax.core import Algorithm, FederatedData, Phase, RoundState
 from fedmetanas_jax.engine import records, report
 from fedmetanas_jax.engine.checkpoint import Checkpoints
 from fedmetanas_jax.engine.course import Course
-from fedmetanas_jax.engine.programs import Plan
+from fedmetanas_jax.engine.programs import Conduct
 from fedmetanas_jax.engine.progress import Progress
+
+
+class Outcome(NamedTuple):
+    """Where a finished run ended."""
+
+    algorithm: Algorithm
+    plan: object  # the last algorithm's; JSON
+    state: RoundState
+    summary: dict
 
 
 def run(
     phases: list[Phase],
     data: FederatedData,
-    plan: Plan,
+    conduct: Conduct,
     *,
     workdir: Path,
     mesh: Mesh | None = None,
     stop_after: int | None = None,
     progress: Callable[[int, int], Progress] = Progress,
     go_on: str = "the same command",
-) -> tuple[Algorithm, RoundState, dict] | None:
+) -> Outcome | None:
     """Runs or resumes the phases in `workdir`.
 
-    Returns (last algorithm, last state, summary), or None where `stop_after` rounds of this call ended
+    Returns None where `stop_after` rounds of this call ended
     before the last one. Leaves records.jsonl and checkpoints/. Raises NonFiniteError, CheckpointError, and
     KeyboardInterrupt once Ctrl-C was obeyed.
     """
     log = workdir / "records.jsonl"
     with closing(Checkpoints(workdir / "checkpoints")) as checkpoints, _Interrupt() as interrupt:
-        course = Course(phases, data, plan, mesh, checkpoints)
+        course = Course(phases, data, conduct, mesh, checkpoints)
         notes: list[str] = []
         course.begin(notes.append)
-        records.truncate(log, course.done)
-        limit = plan.rounds if stop_after is None else min(plan.rounds, course.done + stop_after)
-        with progress(plan.rounds, course.done) as show:
+        course.lost = sum(len(line.get("dropped", ())) for line in records.truncate(log, course.done))
+        limit = conduct.rounds if stop_after is None else min(conduct.rounds, course.done + stop_after)
+        with progress(conduct.rounds, course.done) as show:
             for note in notes:
                 show.say(note)
             course.programs.say = show.say
-            while course.done < plan.rounds:
+            while course.done < conduct.rounds:
                 if interrupt.asked or course.done >= limit:
                     course.save()
-                    show.say(f"stopped after round {course.done} of {plan.rounds}; to go on: {go_on}")
+                    show.say(f"stopped after round {course.done} of {conduct.rounds}; to go on: {go_on}")
                     if interrupt.asked:
                         raise KeyboardInterrupt
                     return None
                 lines = course.advance(limit)
+                for line in lines:
+                    if "dropped" in line:
+                        show.say(dropped(line))
                 course.evaluate(lines[-1])
                 compiling = course.enter_next_phase(lines[-1], show.say)
                 lines[0]["compile_seconds"] = compiling + course.programs.spent_compiling()
                 for line in lines:
                     records.append(log, line)
                     show.round(line)
-                if course.done == plan.rounds or course.done % plan.checkpoint_every == 0:
+                if course.done == conduct.rounds or course.done % conduct.checkpoint_every == 0:
                     course.save()
-    return course.algorithm, course.state, report.summarize(records.read(log))
+    return Outcome(course.algorithm, course.plan, course.state, report.summarize(records.read(log)))
+
+
+def dropped(line: dict) -> str:
+    """What is said of a round in which replies were left out."""
+    left, whole = line["dropped"], len(line["dropped"]) == len(line["cohort"])
+    who = f"client{'s' if len(left) > 1 else ''} {', '.join(map(str, left))}"
+    stays = "; nobody is left, so the server stays as it was" if whole else ""
+    return f"round {line['round']}: left out {who}, whose reply was not finite{stays}"
 
 
 class _Interrupt:

@@ -1,39 +1,27 @@
-"""Which network a config asks for: the supernet, a MobileNetV3, or the discrete network of a genotype."""
+"""Which network a config asks for: a supernet, a MobileNetV3, or the discrete network of a genotype."""
 
 import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-
 from fedmetanas_jax.config import MOBILENETS, Config
 from fedmetanas_jax.core import Model, SearchSpace
 from fedmetanas_jax.data import sources
-from fedmetanas_jax.models.cell import How
 from fedmetanas_jax.models.darts import darts_space
-from fedmetanas_jax.models.discrete import discrete_network
 from fedmetanas_jax.models.mobilenetv3 import mobilenetv3
+from fedmetanas_jax.models.nasbench201 import nasbench201_space
 from fedmetanas_jax.nas import genotype as genotypes
 from fedmetanas_jax.options import UsageError
 
-# How a DARTS network is computed, by the name config.supernet has for it (results/formulations.md).
-WAYS = {
-    "auto": None,  # what suits the backend and the live operations
-    "remat": How(),
-    "stored": How(remat=False),
-    "batched": How(remat=False, batched=True),
-    "batched-remat": How(batched=True),
-    "pallas": How(remat=False, batched=True, kernel="pallas"),
-}
 
-
-class Network(NamedTuple):
+class Architecture(NamedTuple):
     """A network to hand to a method's factory, and what its file must say to make it again."""
 
     made: Model | SearchSpace
-    kind: str  # "darts" or "mobilenetv3"
+    kind: str  # as network.MAKERS has it
     arguments: dict  # of its maker, but for the type it computes in; JSON-able
+    space: SearchSpace | None = None  # that it is of, if it is of one
     genotype: genotypes.Genotype | None = None  # of a discrete network
 
 
@@ -42,28 +30,31 @@ def searches(factory: Callable) -> bool:
     return next(iter(typing.get_type_hints(factory).values())) is SearchSpace
 
 
-def make_network(config: Config, dataset: sources.Dataset, factory: Callable, dtype) -> Network:
+def make_architecture(config: Config, dataset: sources.Dataset, factory: Callable, dtype) -> Architecture:
     """The network of `config` for a method. ValueError where the images do not suit it; UsageError where a
-    genotype cannot be read."""
+    genotype cannot be read or is not of config.space."""
     mean, std = sources.mean_std(config.dataset, dataset)
     shape, classes = dataset.train_images.shape[1:], len(dataset.label_names)
     common = {"shape": shape, "classes": classes, "mean": mean, "std": std}
-    how = WAYS[config.supernet]
-    if config.supernet == "pallas" and jax.default_backend() != "gpu":
-        raise UsageError(f"config.supernet=pallas needs a GPU; this is a {jax.default_backend()}")
-    darts = common | {"width": config.width, "length": config.cells}
-    if searches(factory):
-        arguments = darts | {"nodes": config.nodes}
-        return Network(darts_space(**arguments, how=how, dtype=dtype), "darts", arguments)
-    if config.network in MOBILENETS:
+    if not searches(factory) and config.network in MOBILENETS:
         arguments = common | {"stem": config.stem, "variant": MOBILENETS[config.network]}
-        return Network(mobilenetv3(**arguments, dtype=dtype), "mobilenetv3", arguments)
-    genotype = read_genotype(config.network)
-    nodes = len(genotype.normal)
-    arguments, keep = darts | {"nodes": nodes}, genotypes.to_keep(genotype, nodes)
-    mix = genotypes.to_mix(genotype, nodes)
-    model = discrete_network(**arguments, how=how, keep=keep, mix=mix, dtype=dtype)
-    return Network(model, "darts", arguments, genotype)
+        return Architecture(mobilenetv3(**arguments, dtype=dtype), "mobilenetv3", arguments)
+    genotype = None if searches(factory) else read_genotype(config.network)
+    arguments = common | {"width": config.width, "length": config.cells}
+    if config.space == "darts":
+        # A genotype says itself how many nodes its cells have.
+        arguments["nodes"] = config.nodes if genotype is None else len(next(iter(genotype.values())))
+        space = darts_space(**arguments, dtype=dtype)
+    else:
+        space = nasbench201_space(**arguments, dtype=dtype)
+    if genotype is None:
+        return Architecture(space, config.space, arguments, space)
+    try:
+        plan = genotypes.to_plan(space.graph, genotype)
+    except ValueError as error:
+        where = f"config.network is {config.network!r}"
+        raise UsageError(f"{where}, which is no network of config.space={config.space}: {error}") from None
+    return Architecture(space.derive(plan), config.space, arguments, space, genotype)
 
 
 def read_genotype(path: str) -> genotypes.Genotype:

@@ -1,0 +1,139 @@
+"""What the methods that search a supernet share: weights and alphas learnt together, prune events, evaluation.
+
+A method says how logits become a mix, what a client descends along, and when and what the server prunes.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedmetanas_jax import local, tree
+from fedmetanas_jax.core import Algorithm, Alpha, Array, Depth, Mask, Net, Phase, Reply, SearchSpace, Setting, Tree
+from fedmetanas_jax.nas import mask as masks
+from fedmetanas_jax.nas import relax
+
+
+class Server(NamedTuple):
+    """What the server keeps between rounds, and what a client is sent."""
+
+    round: Array  # [] int32
+    params: Tree  # w
+    stats: Tree
+    alpha: Alpha
+    mask: Mask
+
+
+def searching(
+    space: SearchSpace,
+    setting: Setting,
+    *,
+    mix: Callable,
+    search: Callable,
+    adapt: Callable,
+    prune: Callable | None = None,
+    events: Sequence[int] = (),
+    batches: int = 1,
+    tasks: local.Tasks = "pairs",
+    depth: Depth = "epoch",
+    report: Callable = lambda server: {},
+) -> list[Phase]:
+    """A federated search of `space`: local epochs on weights and alphas, the mean of their changes, prune events.
+
+    Args:
+      mix: (sent: Server, alpha, key) -> [cell types, edges, ops], the weight of every operation. key None: without
+        noise, as in evaluation.
+      search: (sent, loss) -> (local.Gradient, optimizer), what a client does in a round. They act on
+        {"params": w, "alpha": alpha}; loss is (variables, stats, batch, key) -> (value, (moments, accuracy)).
+      adapt: (sent,) -> optimizer of the plain gradient by which a client personalises both, `depth` of the way.
+      prune: (server, last) -> Mask, what is alive after an event; `last` says whether it is the last one.
+      events: the rounds before which it is called.
+      batches: how many batches a step of `search` takes, cut into `tasks` (D-7) where they are several.
+      report: server -> further numbers for the round's record.
+    """
+    graph = space.graph
+
+    def make(plan) -> Algorithm:
+        net = space.make(plan)
+
+        def init(key):
+            net_key, alpha_key = jax.random.split(key)
+            params, stats = net.init(net_key)
+            return Server(jnp.int32(0), params, stats, relax.init_alpha(alpha_key, graph), masks.full(graph)), ()
+
+        def loss_of(sent: Server) -> Callable:
+            def loss(variables, stats, batch, key):
+                weights = mix(sent, variables["alpha"], key)
+                logits, moments = net.apply(variables["params"], stats, batch.image, weights, True)
+                value = local.cross_entropy(logits, batch.label, batch.weight)
+                return value, (moments, local.accuracy(logits, batch.label, batch.weight))
+
+            return loss
+
+        def train(gradient, optimizer, sent: Server, data, key, steps=None):
+            variables = {"params": sent.params, "alpha": sent.alpha}
+            how = {"setting": setting, "momentum": net.momentum, "tasks": tasks, "steps": steps}
+            return local.fit(gradient, optimizer, variables, sent.stats, data, key, **how)
+
+        def client_update(sent: Server, own, data, key) -> Reply:
+            variables, stats, metrics = train(*search(sent, loss_of(sent)), sent, data, key)
+            learnt = variables | {"stats": stats}
+            change = {part: tree.sub(learnt[part], getattr(sent, part)) for part in learnt}
+            return Reply(change, jnp.sum(data.weight), own, (), metrics)
+
+        def server_update(server: Server, merged) -> Server:
+            moved = {part: tree.add(getattr(server, part), change) for part, change in merged.change.items()}
+            return server._replace(round=server.round + 1, **moved)
+
+        def personalize(sent: Server, own, data, key, steps) -> Net:
+            variables, stats, _ = train(local.plain(loss_of(sent)), adapt(sent), sent, data, key, steps)
+            return Net(variables["params"], stats, mix(sent, variables["alpha"], None))
+
+        def measures(server: Server) -> dict:
+            ops, pairs = masks.alive(graph, server.mask)
+            alive = {"ops_alive": ops, "pairs_alive": pairs}
+            return alive | {"alpha_max": masks.confidence(graph, server.alpha, server.mask)} | report(server)
+
+        return Algorithm(
+            init=init,
+            send=lambda server, client, key: server,
+            client_update=client_update,
+            server_update=server_update,
+            personalize=personalize,
+            forward=lambda net_of, image, train: net.apply(net_of.params, net_of.stats, image, net_of.mix, train),
+            macs=net.macs,
+            depth=depth,
+            least_rows=1 if batches == 1 else batches * setting.batch,
+            global_model=lambda server: Net(server.params, server.stats, mix(server, server.alpha, None)),
+            discrete_model=lambda server: Net(
+                server.params, server.stats, relax.harden(graph, server.alpha, server.mask)
+            ),
+            report=measures,
+        )
+
+    def smaller(server: Server, plan):
+        after = masks.plan_of(graph, server.mask)
+        params, stats = (space.carry_over(x, plan, after) for x in (server.params, server.stats))
+        return after, server._replace(params=params, stats=stats)
+
+    def event(start: int, last: bool) -> Phase:
+        def enter(server: Server, plan, key):
+            return plan, server._replace(mask=prune(server, last))
+
+        return Phase(start, enter, make, "prune", smaller)
+
+    first = Phase(0, lambda server, plan, key: (masks.full_plan(graph), None), make)
+    return [first, *(event(t, following is None) for t, following in pairwise([*events, None]))]
+
+
+def hold(mask: Mask, searching: Array) -> optax.GradientTransformation:
+    """No step for pruned logits (decay and momentum would move them), nor for any where `searching` [] is False."""
+
+    def step(updates: dict, variables=None) -> dict:
+        held = (jnp.where(alive & searching, x, 0) for alive, x in zip(mask, updates["alpha"], strict=True))
+        return updates | {"alpha": Alpha(*held)}
+
+    return optax.stateless(step)

@@ -1,0 +1,87 @@
+"""What a finished run leaves: the genotype and a picture of it, the network as one file, and the figures."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from fedmetanas_jax import network, tree
+from fedmetanas_jax.architecture import Architecture
+from fedmetanas_jax.config import Config
+from fedmetanas_jax.core import Algorithm, FederatedData, Net
+from fedmetanas_jax.data.sources import Dataset
+from fedmetanas_jax.engine.evaluate import calibration_rows, recalibrate
+from fedmetanas_jax.engine.records import WorkdirError, versions
+from fedmetanas_jax.engine.run import Outcome
+from fedmetanas_jax.files import write_json, write_text
+from fedmetanas_jax.nas import genotype as genotypes
+from fedmetanas_jax.nas import picture
+
+
+def finish(
+    config: Config, dataset: Dataset, chosen: Architecture, data: FederatedData, outcome: Outcome, *, workdir: Path
+) -> None:
+    """Writes result.json and, of a method with a network that serves everybody, what that network is."""
+    algorithm, summary = outcome.algorithm, outcome.summary
+    majority = json.loads((workdir / "partition.json").read_text())["majority_accuracy"]
+    summary |= {"majority_class_local_accuracy": majority, "versions": versions()}
+    served = algorithm.discrete_model or algorithm.global_model
+    if served is not None:
+        net = served(outcome.state.server)
+        if config.bn_eval == "recalibrated":
+            rows = calibration_rows(data, outcome.state.seed, outcome.state.round - 1, config.cohort)
+            net = recalibrate(algorithm.forward, net, data.image[rows], config.eval_batch)
+        summary |= _network(dataset, chosen, data, algorithm, outcome.plan, net, workdir)
+    write_json(workdir / "result.json", summary)
+    print(_last_words(summary, workdir))
+
+
+def _network(
+    dataset: Dataset, chosen: Architecture, data: FederatedData, algorithm: Algorithm, plan, net: Net, workdir: Path
+) -> dict:
+    """Writes the network and its genotype -> the figures of the file, which is read back and asked."""
+    expected = np.asarray(algorithm.forward(net, data.image[data.central[:64]], False)[0])
+    if chosen.genotype is not None:
+        graph = chosen.space.graph
+        plan = genotypes.to_plan(graph, chosen.genotype)
+        net = net._replace(mix=genotypes.to_mix(graph, chosen.genotype))
+    elif chosen.space is not None and algorithm.discrete_model is not None:
+        genotype = genotypes.of_mix(chosen.space.graph, net.mix)
+        write_genotype(chosen, genotype, workdir)
+        write_text(workdir / "genotype.txt", genotypes.to_text(chosen.space.graph, genotype))
+        picture.draw(chosen.space.graph, genotype, workdir / "cells.png")
+        found = genotypes.to_plan(chosen.space.graph, genotype)
+        params, stats = (chosen.space.carry_over(x, plan, found) for x in (net.params, net.stats))
+        plan, net = found, Net(params, stats, net.mix)
+    path, names = workdir / "network.npz", dataset.label_names
+    network.save(path, net, kind=chosen.kind, arguments=chosen.arguments, plan=plan, label_names=names)
+    # What is delivered is what was measured.
+    answers = network.load(path).logits(np.asarray(data.image[data.central]))
+    return {
+        "network_accuracy": float(np.mean(answers.argmax(-1) == np.asarray(data.label[data.central]))),
+        "network_parameters": int(sum(x.size for x in jax.tree.leaves(net.params))),
+        "network_bytes": tree.nbytes((net.params, net.stats)),
+        "network_largest_logit_difference": float(np.max(np.abs(answers[:64] - expected))),
+    }
+
+
+def write_genotype(chosen: Architecture, genotype: genotypes.Genotype, workdir: Path) -> None:
+    """Leaves genotype.json: what a search found, or what a run was given. WorkdirError where the run was given
+    another one when it began."""
+    path, text = workdir / "genotype.json", genotypes.to_json(genotype)
+    if chosen.genotype is not None and path.exists() and path.read_text() != text:
+        raise WorkdirError(f"{path} is not the genotype that config.network now holds; use another workdir")
+    write_text(path, text)
+
+
+def _last_words(summary: dict, workdir: Path) -> str:
+    named = {
+        "server accuracy": summary.get("server_accuracy"),
+        "after pruning": summary.get("server_accuracy_discrete"),
+        "local accuracy": summary.get("local_accuracy", {}).get("mean"),
+        "adapted": summary.get("local_accuracy_adapted", {}).get("mean"),
+        "majority class": summary["majority_class_local_accuracy"],
+    }
+    figures = [f"{name} {value:.4f}" for name, value in named.items() if value is not None]
+    return f"{', '.join(figures)}\nall of it is in {workdir}: result.json, curves.png, network.npz, ..."

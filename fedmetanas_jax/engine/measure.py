@@ -1,0 +1,65 @@
+"""What is evaluated between rounds, as entries of a round's record."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedmetanas_jax import tree
+from fedmetanas_jax.core import RoundState
+from fedmetanas_jax.engine import evaluate
+from fedmetanas_jax.engine.mesh import OWN, padded, put_data
+from fedmetanas_jax.engine.programs import Programs, floats
+
+
+def networks(programs: Programs, state: RoundState) -> dict:
+    """Accuracies and loss of the network that serves everybody, and of what pruning would make of it; {} where a
+    method has none (methods section 12.1)."""
+    if programs.global_model is None:
+        return {}
+    net = programs.global_model(state.server)
+    server, local, loss = programs.accuracies(net, state)
+    found = {"server_accuracy": server, "local_accuracy": local, "server_loss": loss}
+    if programs.discrete_model is not None:
+        discrete = programs.discrete_model(state.server)
+        # Once a single operation an edge is left the two are one network.
+        same = bool(jnp.array_equal(discrete.mix, net.mix))
+        found["server_accuracy_discrete"] = server if same else programs.accuracies(discrete, state)[0]
+    return found
+
+
+def server_accuracy(programs: Programs, state: RoundState) -> float | None:
+    """Of the network that serves everybody; None where there is none."""
+    if programs.global_model is None:
+        return None
+    return programs.accuracies(programs.global_model(state.server), state)[0]
+
+
+def adapted(programs: Programs, state: RoundState) -> dict:
+    """Local accuracy of the clients' own networks, after every depth of personalising and after the method's own."""
+    conduct = programs.conduct
+    depths = evaluate.depths(programs.data, conduct.batch, conduct.epochs)
+    found = {steps: floats(evaluate.summary(_personal(programs, state, steps))) for steps in {*depths.values()}}
+    by_depth = {name: found[steps] for name, steps in depths.items()}
+    return {"local_accuracy_by_depth": by_depth, "local_accuracy_adapted": by_depth[programs.algorithm.depth]}
+
+
+def _personal(programs: Programs, state: RoundState, steps: int) -> np.ndarray:
+    """[clients]: every client's accuracy with its own network after so many personalising steps."""
+    conduct, mesh = programs.conduct, programs.mesh
+    # What is on the host comes in portions of about a cohort, the last one filled up.
+    portion = padded(conduct.cohort if programs.hosted else conduct.clients, mesh)
+    found = []
+    for start in range(0, conduct.clients, portion):
+        rows = np.arange(start, start + portion, dtype=np.int32) % conduct.clients
+        given = state
+        if programs.hosted:
+            given = state._replace(owns=put_data(tree.take(state.owns, rows), mesh, OWN))
+        ids = put_data(rows, mesh, OWN)
+        found.append(np.asarray(programs("adaptation", given, ids, programs.data, jnp.int32(steps))))
+    return np.concatenate(found)[: conduct.clients]
+
+
+def event(programs: Programs, state: RoundState, name: str, before: float | None, after: float | None) -> dict:
+    """What entering a phase is recorded as: the accuracy on both sides and what the method reports of the server."""
+    report = {f"event_{key}": float(x) for key, x in jax.device_get(programs.report(state.server)).items()}
+    return {"event": name, "event_accuracy_before": before, "event_accuracy_after": after} | report
