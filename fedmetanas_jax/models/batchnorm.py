@@ -16,38 +16,46 @@ def wide(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def batch_norm(x: Array, epsilon: float = BN_EPSILON, known=None) -> tuple[Array, Array, Array]:
+def norm(x: Array, given: dict | None, weight: Array | None = None) -> tuple[Array, dict]:
+    """Batch norm of x [C, H, W, N], times `weight` [], and the moments found, {"mean": [C], "var": [C]}.
+
+    `given` are such moments to normalise by, and then none are found; where it is None the batch's own do.
+    """
+    if given is None:
+        y, mean, variance = weighted_norm(x, jnp.ones((), wide(x).dtype) if weight is None else weight)
+        return y, {"mean": mean, "var": variance}
+    y = frozen_norm(x, given["mean"], given["var"])
+    return (y if weight is None else weight.astype(y.dtype) * y), {}
+
+
+def batch_norm(x: Array, epsilon: float = BN_EPSILON) -> tuple[Array, Array, Array]:
     """Normalises by the batch's own moments, no scale and shift (training mode).
 
     x [C, H, W, N] -> (y [C, H, W, N], mean [C], variance [C]), moments in float32. The variance handed
     out for the running average is the unbiased one, as in PyTorch. No gradient flows through the moments.
-    `known`: (mean, biased variance) [C] of x in float32, where something before has found them.
     """
-    return weighted_norm(x, jnp.ones((), wide(x).dtype), epsilon, known)
+    return weighted_norm(x, jnp.ones((), wide(x).dtype), epsilon)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def weighted_norm(x: Array, weight: Array, epsilon: float = BN_EPSILON, known=None) -> tuple[Array, Array, Array]:
+def weighted_norm(x: Array, weight: Array, epsilon: float = BN_EPSILON) -> tuple[Array, Array, Array]:
     """`batch_norm` with y times `weight` []: the last step of a candidate operation.
 
     Its own gradient, because the weight's and the norm's need the same sum of g y over each channel, and
     the mean of g, the same for all operations that end in one node, is then taken once.
     """
-    return _weighted_norm_forward(x, weight, epsilon, known)[0]
+    return _weighted_norm_forward(x, weight, epsilon)[0]
 
 
 @partial(jax.jit, static_argnums=2)
-def _weighted_norm_forward(x, weight, epsilon, known):
+def _weighted_norm_forward(x, weight, epsilon):
     count = x[0].size
     # Mean and variance in one pass. Away from zero the mean of squares drowns the variance, so that the
     # first value of each channel is taken off before.
-    shift = wide(x[:, :1, :1, :1]) if known is None else _spatial(known[0])
-    if known is None:
-        shifted = wide(x) - shift
-        offset, square = jnp.mean(shifted, (1, 2, 3)), jnp.mean(jnp.square(shifted), (1, 2, 3))
-        variance = jnp.maximum(square - jnp.square(offset), 0)
-    else:
-        offset, variance = jnp.zeros_like(known[0]), known[1]
+    shift = wide(x[:, :1, :1, :1])
+    shifted = wide(x) - shift
+    offset, square = jnp.mean(shifted, (1, 2, 3)), jnp.mean(jnp.square(shifted), (1, 2, 3))
+    variance = jnp.maximum(square - jnp.square(offset), 0)
     mean, scale = shift[:, 0, 0, 0] + offset, lax.rsqrt(variance + epsilon)
     y = weight.astype(x.dtype) * _standardized(x, mean, scale).astype(x.dtype)
     return (y, mean, variance * (count / max(count - 1, 1))), (x, mean, scale, weight)
@@ -64,7 +72,7 @@ def _weighted_norm_backward(epsilon, saved, cotangents):
     mean_g = jnp.mean(g, (1, 2, 3))
     sum_gy = jnp.sum(g * y, (1, 2, 3))
     dx = (g - _spatial(mean_g) - y * _spatial(sum_gy / g[0].size)) * _spatial(scale * weight)
-    return dx.astype(x.dtype), jnp.sum(sum_gy).astype(weight.dtype), None  # dx has what passes through the moments
+    return dx.astype(x.dtype), jnp.sum(sum_gy).astype(weight.dtype)  # dx has what passes through the moments
 
 
 weighted_norm.defvjp(_weighted_norm_forward, _weighted_norm_backward)

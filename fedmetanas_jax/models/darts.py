@@ -1,176 +1,79 @@
-"""The DARTS supernet and the discrete networks inside it (Liu, Simonyan, Yang: DARTS, ICLR 2019).
+"""The DARTS search space: supernet and discrete networks (Liu, Simonyan, Yang: DARTS, ICLR 2019).
 
 Stem, a stack of normal and reduction cells, global average pool, linear head. Every candidate operation's
-weight is an argument (`mix`), so the network knows nothing of softmax, Gumbel noise or masks. `keep` says
+weight is an argument (`mix`), so the network knows nothing of softmax, Gumbel noise or masks. A plan says
 statically which operations exist at all: pruning enters a smaller program here.
 """
 
-import flax.linen as nn
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 
-from fedmetanas_jax.core import Array, SearchSpace, Supernet
+from fedmetanas_jax.core import Array, SearchSpace, Supernet, Tree
 from fedmetanas_jax.models import batchnorm, layers, operations
-from fedmetanas_jax.models.cell import How, cell, suited
-from fedmetanas_jax.models.plan import STEM_MULTIPLIER, Plan, carry_over, full_plan, multiply_adds, reductions
-from fedmetanas_jax.topology import OPS, edge_ends
+from fedmetanas_jax.models.plan import OPS, CellPlan, Plan, darts_graph, norm_names, num_nodes, op_shapes, stacked
+from fedmetanas_jax.models.scan import scanned_cell
+from fedmetanas_jax.models.side_by_side import unrolled_cell
+from fedmetanas_jax.models.space import Weight, head, head_weights, kernel, search_space, supernet
+
+STEM_MULTIPLIER = 3
+Way = Literal["scan", "side_by_side"]
 
 
-def declared(key: Array, shape: tuple[int, ...]) -> Array:
-    """Stands where flax wants an initial value; `initial` makes the real ones."""
-    return jnp.zeros(shape)
+def reductions(length: int) -> tuple[int, ...]:
+    """Indices of the reduction cells: a third and two thirds of the way."""
+    return tuple(sorted({length // 3, 2 * length // 3}))
 
 
-class Norm(nn.Module):
-    """Batch norm without scale and shift; in training the batch's moments replace `batch_stats`."""
+def suited(backend: str, plan: CellPlan) -> Way:
+    """The way for a backend ("cpu", "gpu", "tpu") and the live operations of a cell (results/formulations.md).
 
-    shape: tuple[int, ...]  # [..., C]: moments of one or of several norms
-
-    def setup(self):
-        """Declares the statistics: mean 0, variance 1."""
-        self.mean = self.variable("batch_stats", "mean", jnp.zeros, self.shape)
-        self.variance = self.variable("batch_stats", "var", jnp.ones, self.shape)
-
-    @property
-    def moments(self) -> tuple[Array, Array]:
-        """(mean, variance) as they are."""
-        return self.mean.value, self.variance.value
-
-    def put(self, moments: tuple[Array, Array]) -> None:
-        """Replaces them, unless the module is only being declared."""
-        if not self.is_initializing():
-            self.mean.value, self.variance.value = moments
-
-    def __call__(self, x: Array, train: bool) -> Array:
-        if not train:
-            return batchnorm.frozen_norm(x, *self.moments)
-        y, mean, variance = batchnorm.batch_norm(x)
-        self.put((mean, variance))
-        return y
-
-
-class Preprocess(nn.Module):
-    """Brings a cell input to C channels and the cell's size: ReLU, 1x1 (or FactorizedReduce), batch norm."""
-
-    width: int
-    halve: bool
-
-    @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
-        fan_in = x.shape[0]
-        x = jax.nn.relu(x)
-        if self.halve:
-            half = (self.width // 2, fan_in)
-            x = operations.factorized_reduce(x, self.param("even", declared, half), self.param("odd", declared, half))
-        else:
-            x = layers.pointwise(x, self.param("pointwise", declared, (self.width, fan_in)))
-        return Norm((self.width,), name="norm")(x, train)
-
-
-class Operation(nn.Module):
-    """Weights and moments of one candidate operation on all edges that carry it, stacked."""
-
-    op: str
-    width: int
-    stride: int
-    count: int
-
-    @nn.compact
-    def __call__(self):
-        weights = {}
-        for name, shape in operations.op_shapes(self.op, self.width, self.stride).items():
-            weights[name] = self.param(name, declared, (self.count, *shape))
-        names = operations.norm_names(self.op, self.stride)
-        norms = {name: Norm((self.count, self.width), name=name) for name in names}
-        return weights, norms
-
-
-class Cell(nn.Module):
-    """A cell with its preprocessing: (s0, s1) -> concatenated nodes [nodes C, H, W, N]."""
-
-    width: int
-    nodes: int
-    keep: operations.Keep
-    reduce: bool
-    after_reduction: bool
-    how: How
-
-    @nn.compact
-    def __call__(self, s0: Array, s1: Array, mix: Array, train: bool) -> Array:
-        s0 = Preprocess(self.width, self.after_reduction, name="preprocess_0")(s0, train)
-        s1 = Preprocess(self.width, False, name="preprocess_1")(s1, train)
-        weights, norms = {}, {}
-        for k, op in enumerate(OPS):
-            edges, stride = operations.stack(self.keep, k, self.nodes, self.reduce)
-            if edges and operations.has_norm(op, stride):
-                weights[op], norms[op] = Operation(op, self.width, stride, len(edges), name=op)()
-        stats = {op: {name: norm.moments for name, norm in by_name.items()} for op, by_name in norms.items()}
-        nodes, moments = cell(
-            jnp.stack([s0, s1]), weights, stats, mix, self.keep, self.nodes, self.reduce, train, self.how
-        )
-        if train:
-            for op, by_name in norms.items():
-                for name, norm in by_name.items():
-                    norm.put(moments[op][name])
-        return nodes.reshape(-1, *nodes.shape[2:])
-
-
-class Darts(nn.Module):
-    """The whole network on normalised images [channels, H, W, N]."""
-
-    classes: int
-    width: int
-    length: int
-    nodes: int
-    plan: Plan
-    ways: tuple[How, How]  # of normal and reduction cells
-
-    @nn.compact
-    def __call__(self, x: Array, mix: Array, train: bool) -> Array:
-        stem = STEM_MULTIPLIER * self.width
-        kernel = self.param("stem", declared, (stem, x.shape[0], 3, 3))
-        norm = Norm((stem,), name="stem_norm")
-        x = norm(layers.convolution(x, kernel), train)
-        scale = self.param("stem_scale", declared, (stem,)).astype(x.dtype)
-        shift = self.param("stem_shift", declared, (stem,)).astype(x.dtype)
-        s0 = s1 = scale[:, None, None, None] * x + shift[:, None, None, None]
-        width, after_reduction = self.width, False
-        for i in range(self.length):
-            reduce = i in reductions(self.length)
-            width *= 2 if reduce else 1
-            kind = int(reduce)
-            block = Cell(width, self.nodes, self.plan[kind], reduce, after_reduction, self.ways[kind], name=f"cell_{i}")
-            s0, s1, after_reduction = s1, block(s0, s1, mix[kind], train), reduce
-        features = jnp.mean(s1.astype(jnp.promote_types(s1.dtype, jnp.float32)), (1, 2))  # [F, N]
-        kernel = self.param("head_kernel", declared, (self.classes, features.shape[0]))
-        return (kernel @ features).T + self.param("head_bias", declared, (self.classes,))
-
-
-def initial(key: Array, shapes: dict) -> dict:
-    """Float32 weights of these shapes, as PyTorch draws them (DARTS sets none itself): U(-1, 1) / sqrt(fan_in).
-
-    All are cut from one draw: XLA takes about half a second to compile each draw of its own.
+    A CPU is fastest on small arrays one after another until an edge has at most one operation left; an
+    accelerator wants few large kernels and no conditionals.
     """
-    shapes = {path: leaf.shape for path, leaf in flatten_dict(shapes).items()}
-    ends = np.cumsum([np.prod(shape) for shape in shapes.values()])
-    pieces = jnp.split(jax.random.uniform(key, (ends[-1],), jnp.float32, -1, 1), ends[:-1])
-    features = shapes[("head_kernel",)][-1]
-    values = {}
-    for (path, shape), piece in zip(shapes.items(), pieces, strict=True):
-        if path[-1] in ("stem_scale", "stem_shift"):
-            values[path] = jnp.full(shape, path[-1] == "stem_scale", jnp.float32)
-            continue
-        # A kernel [..., k, k] sees a window (the stem's one of every channel); others [..., O, I] see I.
-        inputs = {"stem": shape[1:], "head_bias": (features,)}.get(path[-1], shape[-1:])
-        if path[-1].startswith("depthwise"):
-            inputs = shape[-2:]
-        values[path] = piece.reshape(shape) / np.sqrt(np.prod(inputs))
-    return unflatten_dict(values)
+    return "scan" if backend == "cpu" and any(len(ops) > 1 for ops in plan) else "side_by_side"
 
 
-def darts(
+def declared(shape, classes: int, width: int, length: int, plan: Plan) -> tuple[dict, dict]:
+    """Weights and norms of the network by path, as `space.supernet` takes them."""
+    area, stem = shape[0] * shape[1], STEM_MULTIPLIER * width
+    weights = {("stem",): kernel((stem, shape[2], 3, 3), area)}
+    weights |= {("stem_scale",): Weight((stem,), start=1.0), ("stem_shift",): Weight((stem,), start=0.0)}
+    norms: dict[tuple[str, ...], tuple[int, ...]] = {("stem_norm",): (stem,)}
+    before_last, last, after_reduction = stem, stem, False
+    for i in range(length):
+        cell, reduce = f"cell_{i}", i in reductions(length)
+        width *= 2 if reduce else 1
+        # The older input still has the size from before the last reduction; its 1x1 runs at half of it.
+        halving = {name: (width // 2, before_last) for name in ("even", "odd")}
+        first = halving if after_reduction else {"pointwise": (width, before_last)}
+        for name, kernels in (("preprocess_0", first), ("preprocess_1", {"pointwise": (width, last)})):
+            weights |= {(cell, name, weight): kernel(size, area) for weight, size in kernels.items()}
+            norms[cell, name, "norm"] = (width,)
+        area //= 4 if reduce else 1
+        stacks = stacked(plan[reduce], reduce)
+        for op, rows in ((op, len(edges)) for op, edges in stacks.items() if edges):
+            stride = 2 if op == "skip_connect" else 1
+            for name, size in op_shapes(op, width, stride).items():
+                weights[cell, op, name] = kernel(size, area, (rows,))
+            norms |= {(cell, op, name): (rows, width) for name in norm_names(op, stride)}
+        before_last, last, after_reduction = last, num_nodes(plan[0]) * width, reduce
+    return weights | head_weights(last, classes), norms
+
+
+def preprocess(params: Tree, stats: Tree, x: Array, train: bool) -> tuple[Array, Tree]:
+    """Brings a cell input to C channels and the cell's size: ReLU, 1x1 (or FactorizedReduce), batch norm."""
+    x = jax.nn.relu(x)
+    if "even" in params:
+        x = operations.factorized_reduce(x, params["even"], params["odd"])
+    else:
+        x = layers.pointwise(x, params["pointwise"])
+    y, moments = batchnorm.norm(x, None if train else stats["norm"])
+    return y, {"norm": moments}
+
+
+def darts_space(
     *,
     shape: tuple[int, int, int],
     classes: int,
@@ -179,64 +82,53 @@ def darts(
     width: int = 16,
     length: int = 8,
     nodes: int = 4,
-    plan: Plan | None = None,
     dtype=jnp.float32,
-    how: How | None = None,
-) -> Supernet:
-    """The search network (C = width, L = length) for images of `shape` (H, W, channels).
+    way: Way | None = None,
+) -> SearchSpace:
+    """The search space (C = width, L = length) for images of `shape` (H, W, channels).
 
-    `plan` says which operations exist; all where it is None.
+    Weights, moments, logits and the mix are float32; `dtype` is what the layers compute in. `way` changes time and
+    memory alone; None: what suits JAX's default backend and the plan. Batch norms have no scale and shift, in
+    derived networks neither, so weights found by a search fit them; those may have another width and length.
 
-    Weights, moments, logits and the mix are float32; `dtype` is what the layers compute in. `how` changes time and
-    memory alone; None: what suits JAX's default backend. Its kernel "pallas" computes depthwise and pointwise layers
-    by the GPU kernels of `fused`, which have NEVER RUN on a GPU and have no second derivative; "interpret" interprets
-    them anywhere, slowly, for tests.
-
-    ValueError where the image cannot be halved as often as there are reduction cells and for an unknown `kernel`;
-    where the network is compiled for a CPU with "pallas".
+    ValueError where the image cannot be halved as often as there are reduction cells.
     """
+
+    def make(plan: Plan, width: int = width, length: int = length) -> Supernet:
+        _check_halvings(shape, length)
+        ways = [way or suited(jax.default_backend(), part) for part in plan]
+
+        def forward(params, stats, x, mix, train):
+            x, moments = batchnorm.norm(layers.convolution(x, params["stem"]), None if train else stats["stem_norm"])
+            found = {"stem_norm": moments}
+            scale, shift = (params[name].astype(x.dtype)[:, None, None, None] for name in ("stem_scale", "stem_shift"))
+            s0 = s1 = scale * x + shift
+            for i in range(length):
+                reduce, name = i in reductions(length), f"cell_{i}"
+                compute = scanned_cell if ways[reduce] == "scan" else unrolled_cell
+                block, given = params[name], stats[name]
+                first, moments_0 = preprocess(block["preprocess_0"], given["preprocess_0"], s0, train)
+                second, moments_1 = preprocess(block["preprocess_1"], given["preprocess_1"], s1, train)
+                own = [{op: tree[op] for op in OPS if op in tree} for tree in (block, given)]
+                out, moments = compute(jnp.stack([first, second]), *own, mix[int(reduce)], plan[reduce], reduce, train)
+                found[name] = {"preprocess_0": moments_0, "preprocess_1": moments_1, **moments}
+                s0, s1 = s1, out.reshape(-1, *out.shape[2:])
+            return head(s1, params), found
+
+        return supernet(*declared(shape, classes, width, length, plan), forward, mean, std, dtype)
+
+    def stacks(plan: Plan) -> dict:
+        kinds = [i in reductions(length) for i in range(length)]
+        return {f"cell_{i}": stacked(plan[reduce], reduce) for i, reduce in enumerate(kinds)}
+
+    _check_halvings(shape, length)
+    return search_space(darts_graph(nodes), make, stacks)
+
+
+def _check_halvings(shape, length: int) -> None:
     halvings = len(reductions(length))
     if shape[0] % 2**halvings or shape[1] % 2**halvings:
         raise ValueError(
             f"the DARTS network halves its images {halvings} times with {length} cells, so height and width must be "
             f"multiples of {2**halvings}; they are {shape[0]} x {shape[1]}"
         )
-    if how is not None and how.kernel not in operations.KERNELS:
-        raise ValueError(f"there is no kernel {how.kernel!r}; choose among {', '.join(operations.KERNELS)}")
-    plan = full_plan(nodes) if plan is None else plan
-    ways = tuple(suited(jax.default_backend(), keep) if how is None else how for keep in plan)
-    net = Darts(classes, width, length, nodes, plan, ways)
-    mix_shape = (2, len(edge_ends(nodes)), len(OPS))
-
-    def init(key):
-        image = jnp.zeros((shape[2], *shape[:2], 1))
-        shapes = jax.eval_shape(lambda: net.init(key, image, jnp.zeros(mix_shape), False))
-        stats = flatten_dict(shapes["batch_stats"])
-        stats = {path: jnp.full(x.shape, path[-1] == "var", jnp.float32) for path, x in stats.items()}
-        return initial(key, shapes["params"]), unflatten_dict(stats)
-
-    def apply(params, stats, image, mix, train):
-        x = layers.normalize(image, mean, std, dtype)
-        variables = {"params": params, "batch_stats": stats}
-        if not train:
-            return net.apply(variables, x, mix, False), stats
-        logits, found = net.apply(variables, x, mix, True, mutable=["batch_stats"])
-        return logits, found["batch_stats"]
-
-    macs = multiply_adds(shape, classes, width, length, nodes, plan)
-    return Supernet(init, apply, momentum=0.1, macs=macs)
-
-
-def darts_space(*, nodes: int = 4, length: int = 8, **network) -> SearchSpace:
-    """The supernet of `darts` with every plan it can be cut down to; `network` are its other arguments."""
-
-    def as_plan(lists) -> Plan:
-        return tuple(tuple(map(tuple, edges)) for edges in lists)
-
-    def make(plan) -> Supernet:
-        return darts(nodes=nodes, length=length, plan=as_plan(plan), **network)
-
-    def cut(tree, old, new):
-        return carry_over(tree, length, nodes, as_plan(old), as_plan(new))
-
-    return SearchSpace(nodes, make, cut)

@@ -1,67 +1,86 @@
-"""Which operations of the DARTS supernet exist: its plans, what they cost, and how one is cut to a smaller one."""
+"""The graph of a DARTS cell and its plans: which operations exist, and how their weights are stacked.
 
-import jax
+Liu et al., ICLR 2019; methods sections 3.1 to 3.3. Inputs 0 and 1 of a cell are the outputs of the two cells before
+it, input j + 2 is its own node j, which reads inputs 0 .. j + 1. A pair of node j is two of them; the pairs are what
+Eq. 8 sums over.
+"""
+
+from itertools import combinations
+
 import numpy as np
 
-from fedmetanas_jax.core import Tree
-from fedmetanas_jax.models import operations
-from fedmetanas_jax.topology import OPS, edge_ends
+from fedmetanas_jax.core import Graph
 
-Plan = tuple[operations.Keep, operations.Keep]  # operations alive on each edge of normal and reduction cells
-STEM_MULTIPLIER = 3
+OPS = (
+    "none",
+    "max_pool_3x3",
+    "avg_pool_3x3",
+    "skip_connect",
+    "sep_conv_3x3",
+    "sep_conv_5x5",
+    "dil_conv_3x3",
+    "dil_conv_5x5",
+)
+NONE = OPS.index("none")
 
-
-def full_plan(nodes: int) -> Plan:
-    """Every operation on every edge."""
-    edges = len(edge_ends(nodes))
-    return ((tuple(range(len(OPS))),) * edges,) * 2
-
-
-def reductions(length: int) -> tuple[int, ...]:
-    """Indices of the reduction cells: a third and two thirds of the way."""
-    return tuple(sorted({length // 3, 2 * length // 3}))
-
-
-def multiply_adds(shape, classes: int, width: int, length: int, nodes: int, plan: Plan) -> int:
-    """Multiply-adds of convolutions and head for one image; batch norm, pooling and sums are not counted."""
-    ends = edge_ends(nodes)
-    area = shape[0] * shape[1]
-    stem = STEM_MULTIPLIER * width
-    total = 9 * shape[2] * stem * area
-    before_last = last = stem
-    for i in range(length):
-        reduce = i in reductions(length)
-        width *= 2 if reduce else 1
-        # The older input still has the size from before the last reduction; its 1x1 runs at half of it.
-        total += (before_last + last) * width * area
-        area //= 4 if reduce else 1
-        for (start, _), ops in zip(ends, plan[int(reduce)], strict=True):
-            stride = 2 if reduce and start < 2 else 1
-            for k in ops:
-                shapes = operations.op_shapes(OPS[k], width, stride)
-                total += area * sum(int(np.prod(s)) for s in shapes.values())
-        before_last, last = last, nodes * width
-    return total + last * classes
+CellPlan = tuple[tuple[int, ...], ...]  # of one cell type: the operations alive on each edge
+Plan = tuple[CellPlan, ...]  # of all cell types
 
 
-def carry_over(tree: Tree, length: int, nodes: int, old: Plan, new: Plan) -> Tree:
-    """Weights or moments of the network with plan `old`, cut to plan `new` (which it contains).
+def darts_graph(nodes: int) -> Graph:
+    """The cells of the DARTS space: 14 edges and 20 pairs for 4 nodes, all of which make up the output."""
+    pairs = tuple((j, *two) for j in range(nodes) for two in combinations(range(j + 2), 2))
+    return Graph(("normal", "reduce"), OPS, 2, tuple(edge_ends(nodes)), pairs, tuple(range(nodes)))
 
-    Works on any tree laid out like `params` or `stats`, so on optimizer states of either too.
+
+def edge_ends(nodes: int) -> list[tuple[int, int]]:
+    """(input i, node j) of every edge, in order: node by node."""
+    return [(i, j) for j in range(nodes) for i in range(j + 2)]
+
+
+def num_nodes(plan: CellPlan) -> int:
+    """Nodes n of the cell with that many edges, which are n(n + 3) / 2."""
+    return round((2 * len(plan) + 2.25) ** 0.5 - 1.5)
+
+
+def op_shapes(op: str, width: int, stride: int) -> dict[str, tuple[int, ...]]:
+    """Weights of one operation at width C, by name; the second half of a separable convolution ends in _2."""
+    if op == "skip_connect" and stride == 2:
+        return {"even": (width // 2, width), "odd": (width // 2, width)}
+    kind, _, size = op.partition("_conv_")
+    if not size:
+        return {}
+    first = {"depthwise": (width, int(size[0]), int(size[0])), "pointwise": (width, width)}
+    return first | ({f"{name}_2": shape for name, shape in first.items()} if kind == "sep" else {})
+
+
+def norm_names(op: str, stride: int) -> tuple[str, ...]:
+    """Batch norms of one operation, of which `none` and the identity have none; the second one ends in _2."""
+    if op == "none" or (op == "skip_connect" and stride == 1):
+        return ()
+    return ("norm", "norm_2") if op.startswith("sep") else ("norm",)
+
+
+def carried(plan: CellPlan) -> np.ndarray:
+    """[edges, ops] bool: the plan has the operation on the edge."""
+    return np.array([[k in ops for k in range(len(OPS))] for ops in plan])
+
+
+def stacked(plan: CellPlan, reduce: bool) -> dict[str, list[int]]:
+    """{operation: the edges whose weights and moments of it are stacked, in order}.
+
+    A skip connection has some where it halves the image: on a reduction cell's input edges.
     """
-    pruned = dict(tree)
-    for i in range(length):
-        reduce = i in reductions(length)
-        kind = int(reduce)
-        block = dict(tree[f"cell_{i}"])
-        for k, op in enumerate(OPS):
-            if op not in block:
-                continue
-            had, _ = operations.stack(old[kind], k, nodes, reduce)
-            has, _ = operations.stack(new[kind], k, nodes, reduce)
-            rows = np.array([had.index(e) for e in has], int)
-            block[op] = jax.tree.map(lambda x, rows=rows: x[rows], block[op])
-            if not has:
-                del block[op]
-        pruned[f"cell_{i}"] = block
-    return pruned
+    ends, alive = edge_ends(num_nodes(plan)), carried(plan)
+    strided = np.array([reduce and i < 2 for i, _ in ends])
+    alive[:, OPS.index("skip_connect")] &= strided
+    alive[:, NONE] = False
+    return {op: np.flatnonzero(alive[:, k]).tolist() for k, op in enumerate(OPS)}
+
+
+def stack_rows(plan: CellPlan, reduce: bool) -> dict[str, np.ndarray]:
+    """{operation: [edges] int, the row of each edge in its stack; 0 where it has none}."""
+    rows = {op: np.zeros(len(plan), int) for op in OPS}
+    for op, edges in stacked(plan, reduce).items():
+        rows[op][edges] = range(len(edges))
+    return rows

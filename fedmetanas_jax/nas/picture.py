@@ -1,18 +1,18 @@
-"""A picture of a genotype: both cells side by side, top to bottom, every kept operation a labelled arrow."""
+"""A picture of a genotype: its cells side by side, top to bottom, every kept operation a labelled arrow."""
 
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
 
+from fedmetanas_jax.core import Graph
 from fedmetanas_jax.nas.genotype import Cell, Genotype, input_name
-from fedmetanas_jax.topology import OPS
 
-# Okabe and Ito's palette, which the colour-blind tell apart; its light tones darkened for use as text.
-_PALETTE = ("#8a8a8a", "#b8860b", "#7a6a00", "#222222", "#0072b2", "#b0578d", "#009e73", "#d55e00")
-COLOUR = dict(zip(OPS, _PALETTE, strict=True))
+# Of the operations in order: Okabe and Ito's palette, which the colour-blind tell apart; its light tones darkened for
+# use as text.
+PALETTE = ("#8a8a8a", "#b8860b", "#7a6a00", "#222222", "#0072b2", "#b0578d", "#009e73", "#d55e00")
 
 # All lengths are inches on the page, so that the size of a label is known before it is drawn.
 WIDTH, ROW, MARGIN = 4.4, 1.05, 0.45  # of a cell; from row to row; above and below
@@ -22,40 +22,42 @@ ALONG = np.linspace(0.25, 0.75, 11)  # where on its arrow a label may stand
 RADIUS = 0.19  # of a node
 
 
-def draw(genotype: Genotype, path: str | Path) -> None:
+def draw(graph: Graph, genotype: Genotype, path: str | Path) -> None:
     """Writes the picture; the ending of `path` is the format (.png, .pdf, .svg).
 
-    `none` is a dashed grey arrow. Pale lines lead from the nodes to the cell's output c_k, which joins them.
+    `none` is a dashed arrow. Pale lines lead to the cell's output c_k from the nodes it is made of.
     """
-    figure_of(genotype).savefig(path, dpi=200)
+    figure_of(graph, genotype).savefig(path, dpi=200)
 
 
-def figure_of(genotype: Genotype) -> Figure:
+def figure_of(graph: Graph, genotype: Genotype) -> Figure:
     """The picture as a matplotlib figure."""
-    height = ROW * (len(genotype.normal) + 1) + 2 * MARGIN + 0.2
-    figure = Figure(figsize=(2 * WIDTH, height), facecolor="white")
-    for column, (title, cell) in enumerate(zip(("Normal cell", "Reduction cell"), genotype, strict=True)):
-        axes = figure.add_axes((column / 2, 0, 1 / 2, 1))
+    height = ROW * (max(map(len, genotype.values())) + 1) + 2 * MARGIN + 0.2
+    figure = Figure(figsize=(len(genotype) * WIDTH, height), facecolor="white")
+    for column, (name, cell) in enumerate(genotype.items()):
+        axes = figure.add_axes((column / len(genotype), 0, 1 / len(genotype), 1))
         axes.set(xlim=(-WIDTH / 2, WIDTH / 2), ylim=(MARGIN - height, MARGIN))
         axes.axis("off")
+        title = "Cell" if name == "cell" else f"{name.capitalize()} cell"
         axes.text(0, 0.15, title, ha="center", fontsize=FONT + 2, weight="bold")
-        _draw_cell(axes, cell)
+        _draw_cell(axes, graph, cell)
     return figure
 
 
-def _draw_cell(axes, cell: Cell) -> None:
-    place, labels = _layout(cell)
+def _draw_cell(axes, graph: Graph, cell: Cell) -> None:
+    colour = dict(zip(graph.ops, cycle(PALETTE), strict=False))
+    place, labels = _layout(graph, cell)
     last = len(place) - 1
-    for start in range(2, last):
+    for start in _output(graph):
         _arrow(axes, place[start], place[last], color="#d0d0d0", linewidth=1, zorder=1)
-    for (op, i, j), (x, y) in zip(_arrows(cell), labels, strict=True):
+    for (op, i, j), (x, y) in zip(_arrows(graph, cell), labels, strict=True):
         line = "--" if op == "none" else "-"
-        _arrow(axes, place[i], place[j], color=COLOUR[op], linewidth=1.5, linestyle=line, zorder=2)
+        _arrow(axes, place[i], place[j], color=colour[op], linewidth=1.5, linestyle=line, zorder=2)
         box = {"boxstyle": "square,pad=0.12", "facecolor": "white", "edgecolor": "none"}
-        axes.text(x, y, op, color=COLOUR[op], fontsize=FONT, ha="center", va="center", bbox=box, zorder=3)
+        axes.text(x, y, op, color=colour[op], fontsize=FONT, ha="center", va="center", bbox=box, zorder=3)
     for number, (x, y) in enumerate(place):
-        inner = 2 <= number < last
-        name = f"{number - 2}" if inner else "$c_k$" if number == last else f"${input_name(number)}$"
+        inner = graph.inputs <= number < last
+        name = f"{number - graph.inputs}" if inner else f"${'c_k' if number == last else input_name(graph, number)}$"
         box = {"boxstyle": "circle,pad=0.4" if inner else "round,pad=0.4", "edgecolor": "#444444"}
         box["facecolor"] = "#d7e9f7" if inner else "#f0ead8"
         axes.text(x, y, name, ha="center", va="center", fontsize=FONT + 2, bbox=box, zorder=4)
@@ -68,47 +70,53 @@ def _arrow(axes, start, end, **line) -> None:
     )
 
 
-def _arrows(cell: Cell) -> list[tuple[str, int, int]]:
-    """(operation, start, end) with inputs numbered 0, 1, the nodes 2 ... and c_k last."""
-    return [(op, i, j + 2) for j, node in enumerate(cell) for op, i in node]
+def _arrows(graph: Graph, cell: Cell) -> list[tuple[str, int, int]]:
+    """(operation, start, end) with the inputs numbered 0, 1, ..., then the nodes, and c_k last."""
+    return [(op, i, j + graph.inputs) for j, node in enumerate(cell) for op, i in node]
 
 
-def _layout(cell: Cell) -> tuple[np.ndarray, np.ndarray]:
-    """Places of inputs, nodes and output [nodes + 3, 2], and of the labels [arrows, 2].
+def _output(graph: Graph) -> list[int]:
+    """What c_k is made of, in the same numbers."""
+    return [graph.inputs + j for j in graph.output]
+
+
+def _layout(graph: Graph, cell: Cell) -> tuple[np.ndarray, np.ndarray]:
+    """Places of inputs, nodes and output [inputs + nodes + 1, 2], and of the labels [arrows, 2].
 
     A node keeps to the row of its number. From two zigzags, one node at a time moves to the column that
     crowds the cell least, until none moves; the better end of the two is taken.
     """
-    nodes = len(cell)
-    rows = -ROW * np.array([0, 0, *range(1, nodes + 2)], float) - 0.2
+    nodes, inputs = len(cell), graph.inputs
+    rows = -ROW * np.array([*[0] * inputs, *range(1, nodes + 2)], float) - 0.2
     found = []
+    outer = np.linspace(-1.2, 1.2, inputs) if inputs > 1 else [0.0]
     for side in (-1, 1):
-        columns = np.array([-1.2, 1.2, *(0.8 * side * (-1) ** j for j in range(nodes)), 0.0])
+        columns = np.array([*outer, *(0.8 * side * (-1) ** j for j in range(nodes)), 0.0])
         cost, moved = np.inf, True
         while moved:
             moved = False
-            for number, x in product(range(2, nodes + 2), COLUMNS):
+            for number, x in product(range(inputs, inputs + nodes), COLUMNS):
                 trial = columns.copy()
                 trial[number] = x
-                trial_cost, _ = _crowding(cell, np.stack([trial, rows], 1))
+                trial_cost, _ = _crowding(graph, cell, np.stack([trial, rows], 1))
                 if trial_cost < cost - 1e-9:
                     columns, cost, moved = trial, trial_cost, True
         found.append((cost, side, np.stack([columns, rows], 1)))
     place = min(found, key=lambda f: f[:2])[2]
-    return place, _crowding(cell, place)[1]
+    return place, _crowding(graph, cell, place)[1]
 
 
-def _crowding(cell: Cell, place: np.ndarray) -> tuple[float, np.ndarray]:
+def _crowding(graph: Graph, cell: Cell, place: np.ndarray) -> tuple[float, np.ndarray]:
     """A penalty for what makes a drawing hard to read, and the best place of every label [arrows, 2]."""
-    last, labelled = len(place) - 1, _arrows(cell)
-    ends = np.array([(i, j) for _, i, j in labelled] + [(n, last) for n in range(2, last)])
+    last, labelled = len(place) - 1, _arrows(graph, cell)
+    ends = np.array([(i, j) for _, i, j in labelled] + [(n, last) for n in _output(graph)])
     importance = np.where(ends[:, 1] == last, 0.3, 1.0)
     start, end = place[ends[:, 0]], place[ends[:, 1]]
     t = np.linspace(0, 1, 33)[:, None]
     points = start[:, None] * (1 - t) + end[:, None] * t  # [arrows, 33, 2]
 
     # An arrow that passes a node as if it ended there.
-    distance = np.linalg.norm(points[:, :, None] - place, axis=-1).min(1)  # [arrows, nodes + 3]
+    distance = np.linalg.norm(points[:, :, None] - place, axis=-1).min(1)  # [arrows, places]
     own = np.any(np.arange(last + 1)[:, None] == ends[:, None], axis=-1)
     passing = np.where(own, 0, np.maximum(0, 2 * RADIUS - distance))
     cost = 30 * np.sum(importance @ passing) + 0.1 * np.sum(importance @ np.linalg.norm(start - end, axis=1))
