@@ -3,18 +3,24 @@
 A method's compiled round is shared by its tests: compiling takes seconds, running it milliseconds.
 """
 
+import os
+import pickle
+import subprocess
+import sys
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy_model
 from toy_federation import CLIENTS, COHORT, NAMES, SHAPE, federation, first_algorithm
-from toy_model import examples, unchanged
+from toy_model import ask, examples, learnt, merged, unchanged
 
-from fedmetanas_jax import local, maml, optimizers, tree
+from fedmetanas_jax import local, optimizers, tree
 from fedmetanas_jax.algorithms.ditto import ditto
 from fedmetanas_jax.algorithms.fedavg import fedavg
 from fedmetanas_jax.algorithms.fedbabu import fedbabu
@@ -23,10 +29,20 @@ from fedmetanas_jax.algorithms.fedprox import fedprox
 from fedmetanas_jax.algorithms.fedrep import fedrep
 from fedmetanas_jax.algorithms.perfedavg import perfedavg
 from fedmetanas_jax.algorithms.scaffold import scaffold
-from fedmetanas_jax.core import Algorithm, Model, Setting
+from fedmetanas_jax.core import Aggregate, Algorithm, Merged, Model, Reply, Setting
+from fedmetanas_jax.engine import aggregate
 from fedmetanas_jax.engine.checkpoint import Checkpoints
 from fedmetanas_jax.engine.mesh import clients_mesh, put_data
-from fedmetanas_jax.engine.round import client_key, cohort, init_state, make_round, state_shapes, train_examples
+from fedmetanas_jax.engine.round import (
+    apart,
+    client_key,
+    cohort,
+    init_state,
+    make_round,
+    state_shapes,
+    stream_key,
+    train_examples,
+)
 
 SEED = 3
 DATA = federation()
@@ -60,6 +76,13 @@ def run(name: str, state, rounds: int):
     return state, seen
 
 
+def letter(name: str, state, client: int):
+    """(message, own, rows, key): all that a client's reply may depend on."""
+    message = case(name).algorithm.send(state.server, client, stream_key(SEED, "send", state.round, client))
+    own, rows = tree.take(state.owns, client), train_examples(DATA, client)
+    return message, own, rows, client_key(SEED, state.round, client)
+
+
 def same_bits(a, b) -> bool:
     leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in leaves)
@@ -75,9 +98,9 @@ def assert_close(a, b, tolerance: float = 2e-4):
 def test_a_round_keeps_structure_shapes_and_types(name):
     before = state_shapes(case(name).algorithm, CLIENTS)
     after = jax.eval_shape(case(name).step, before, DATA, jnp.int32(1))[0]
-    assert jax.tree.structure(before) == jax.tree.structure(after)
-    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True):
-        assert (x.shape, x.dtype) == (y.shape, y.dtype), jax.tree_util.keystr(path)
+    chex.assert_trees_all_equal_structs(before, after)
+    chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
+    for path, x in jax.tree_util.tree_leaves_with_path(before):
         assert not x.weak_type, f"{jax.tree_util.keystr(path)} is weakly typed: a restored state would recompile"
 
 
@@ -96,11 +119,11 @@ def test_same_seed_same_bits(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_clients_not_chosen_keep_their_state(name):
     state = start(name)
-    before = jax.tree.map(np.asarray, state.client_states)
+    before = jax.tree.map(np.asarray, state.owns)
     state, (metrics,) = run(name, state, 1)
     others = np.setdiff1d(np.arange(CLIENTS), metrics["client"][0])
     assert len(others) == CLIENTS - COHORT
-    assert same_bits(tree.take(before, others), tree.take(state.client_states, others))
+    assert same_bits(tree.take(before, others), tree.take(state.owns, others))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -111,35 +134,98 @@ def test_all_at_once_is_one_by_one_in_any_order(name):
     together, (metrics,) = run(name, start(name), 1)
     assert sorted(metrics["client"][0]) == sorted(chosen)
 
-    def one(client):
-        return client_update(
-            state.server_state,
-            tree.take(state.client_states, client),
-            train_examples(DATA, client),
-            client_key(SEED, state.round, client),
-        )
-
     for order in (chosen, chosen[::-1]):
-        outs = [one(client) for client in order]
-        stacked = jax.tree.map(lambda *x: jnp.stack(x), *outs)
-        mean = tree.weighted_mean(stacked.update, stacked.weight)
-        assert_close(algorithm.server_update(state.server_state, mean), together.server_state)
-        states = tree.put(state.client_states, order, stacked.client_state)
-        assert_close(states, together.client_states)
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *[client_update(*letter(name, state, k)) for k in order])
+        mean = tree.weighted_mean(stacked.change, stacked.weight)
+        merged = Merged(mean, jnp.asarray(order), stacked.weight, stacked.report)
+        assert_close(algorithm.server_update(state.server, merged), together.server)
+        assert_close(tree.put(state.owns, order, stacked.own), together.owns)
+
+
+def every_change(change, weight, key):
+    """A stage of the aggregate that shows the changes as they are, in the metrics."""
+    return change, weight, {f"change {n}": x for n, x in enumerate(jax.tree.leaves(change))}
+
+
+@cache
+def round_on_a_mesh(name: str):
+    """-> (state after a round, clients one by one on four devices, its metrics with every client's change)."""
+    mesh = clients_mesh(4)
+    shown = aggregate.chain(Aggregate(every_change), aggregate.mean())
+    step = make_round(case(name).algorithm, cohort_size=COHORT, at_once=1, mesh=mesh, aggregate=shown)
+    state = init_state(case(name).algorithm, SEED, CLIENTS, mesh)
+    return step(state, put_data(DATA, mesh), state.round + 1)
+
+
+@cache
+def replies_elsewhere() -> dict[str, list[Reply]]:
+    """The first cohort's replies of every method, computed by another process from messages, own states, rows and
+    keys alone, which it is sent as bytes."""
+    letters = {}
+    for name in NAMES:
+        state = start(name)
+        chosen = np.asarray(cohort(SEED, state.round, CLIENTS, COHORT))
+        letters[name] = [(*x, jax.random.key_data(key)) for *x, key in (letter(name, state, k) for k in chosen)]
+    here = Path(__file__).parent
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
+    code = "import test_contract; test_contract.answer_letters()"
+    sent = pickle.dumps(jax.tree.map(np.asarray, letters))
+    done = subprocess.run([sys.executable, "-c", code], env=env, input=sent, capture_output=True, timeout=600)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    return pickle.loads(done.stdout)
+
+
+def answer_letters() -> None:
+    """What the other process does."""
+    letters, replies = pickle.loads(sys.stdin.buffer.read()), {}
+    for name, cohort_letters in letters.items():
+        work = jax.jit(apart(first_algorithm(name).client_update))
+        answers = [work(*x, jax.random.wrap_key_data(key)) for *x, key in cohort_letters]
+        replies[name] = jax.tree.map(np.asarray, answers)
+    sys.stdout.buffer.write(pickle.dumps(replies))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_reply_depends_on_message_own_state_rows_and_key_alone(name):
+    state, metrics = round_on_a_mesh(name)
+    for place, reply in enumerate(replies_elsewhere()[name]):
+        for n, x in enumerate(jax.tree.leaves(reply.change)):
+            np.testing.assert_array_equal(metrics[f"change {n}"][0][place], x)
+        assert same_bits(tree.take(state.owns, int(metrics["client"][0][place])), reply.own)
+        assert reply.metrics["loss"] == metrics["loss"][0][place]
+
+
+def serialised(*trees) -> bytes:
+    return b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(trees))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bytes_counted_are_bytes_serialised(name):
+    _, metrics = round_on_a_mesh(name)
+    reply, state = replies_elsewhere()[name][0], start(name)
+    message, *_ = letter(name, state, int(metrics["client"][0][0]))
+    assert metrics["bytes_up"][0].tolist() == [len(serialised(reply.change, reply.report))] * COHORT
+    assert metrics["bytes_down"][0].tolist() == [len(serialised(message))] * COHORT
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_message_is_made_once_for_all_at_once(name):
+    """What is the same for every client of a message keeps one copy under vmap: the program has no array of the
+    largest part of the server with the cohort in front of it before a client has trained."""
+    algorithm, state = case(name).algorithm, start(name)
+    shapes = jax.make_jaxpr(
+        jax.vmap(lambda client: algorithm.send(state.server, client, jax.random.key(0)), out_axes=None)
+    )(jnp.arange(COHORT)).out_avals
+    assert [x.shape for x in shapes] == [x.shape for x in jax.tree.leaves(algorithm.send(state.server, 0, None))]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_mesh_of_four_devices_is_one_device(name):
-    algorithm = case(name).algorithm
-    mesh = clients_mesh(4)
-    step = make_round(algorithm, cohort_size=COHORT, at_once=1, mesh=mesh)
-    state = init_state(algorithm, SEED, CLIENTS, mesh)
-    assert_close(jax.tree.map(lambda x: x[:CLIENTS], state.client_states), start(name).client_states, 0.0)
-    state, metrics = step(state, put_data(DATA, mesh), state.round + 1)
+    state, metrics = round_on_a_mesh(name)
     alone, (expected,) = run(name, start(name), 1)
     # One device computed its clients in one vmap, whose sums may be ordered otherwise.
     # Their states are filled up to equal shares of the devices.
-    state = state._replace(client_states=jax.tree.map(lambda x: x[:CLIENTS], state.client_states))
+    state = state._replace(owns=jax.tree.map(lambda x: x[:CLIENTS], state.owns))
     assert_close(state, alone)
     np.testing.assert_array_equal(metrics["client"], expected["client"])
 
@@ -171,10 +257,8 @@ def test_every_network_it_offers_answers_and_personalises(name):
     algorithm = case(name).algorithm
     state, _ = run(name, start(name), 1)
     images = DATA.image[DATA.central]
-    nets = [make(state.server_state) for make in (algorithm.global_model, algorithm.discrete_model) if make]
-    own = train_examples(DATA, 0)
-    client_state = tree.take(state.client_states, 0)
-    nets.append(jax.jit(algorithm.personalize)(state.server_state, client_state, own, jax.random.key(0), jnp.int32(2)))
+    nets = [make(state.server) for make in (algorithm.global_model, algorithm.discrete_model) if make]
+    nets.append(jax.jit(algorithm.personalize)(*letter(name, state, 0), jnp.int32(2)))
     assert len(nets) >= 2
     forward = jax.jit(algorithm.forward, static_argnums=2)
     for net in nets:
@@ -192,22 +276,20 @@ HOLDERS = [examples(9, size, seed=size) for size in (9, 5, 7)]  # unequal client
 
 
 def rounds(algorithm: Algorithm, count: int = 2):
-    """(server state, clients' states) after rounds in which the same three clients take part."""
-    client_update = toy_model.jit(algorithm.client_update)
+    """(server, clients' own states) after rounds in which the same three clients take part."""
+    client = toy_model.jit(lambda *x: ask(algorithm, *x))
     server, one = algorithm.init(jax.random.key(1))
-    states = [one] * len(HOLDERS)
+    owns = [one] * len(HOLDERS)
     for r in range(count):
         keys = [jax.random.fold_in(jax.random.key(r), k) for k in range(len(HOLDERS))]
-        outs = [client_update(server, *x) for x in zip(states, HOLDERS, keys, strict=True)]
-        stacked = jax.tree.map(lambda *x: jnp.stack(x), *[(out.update, out.weight) for out in outs])
-        server = algorithm.server_update(server, tree.weighted_mean(*stacked))
-        states = [out.client_state for out in outs]
-    return server, states
+        replies = [client(server, *x) for x in zip(owns, HOLDERS, keys, strict=True)]
+        server, owns = algorithm.server_update(server, merged(*replies)), [reply.own for reply in replies]
+    return server, owns
 
 
 @cache
 def plain_fedavg(momentum: float = 0.9, count: int = 2):
-    return rounds(fedavg(MODEL, SETTING, momentum=momentum), count)[0]
+    return rounds(fedavg(MODEL, SETTING._replace(momentum=momentum)), count)[0]
 
 
 def networks_close(a, b, tolerance=2e-5):
@@ -235,8 +317,8 @@ def test_dittos_personal_model_without_a_pull_is_a_clients_own_training():
     algorithm = fedavg(MODEL, SETTING)
     server, _ = algorithm.init(jax.random.key(1))
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 1), 1)  # round 0, client 1, its own stream
-    alone = algorithm.client_update(server, (), HOLDERS[1], key).update
-    assert_close((clients[1].net.params, clients[1].net.stats), alone, 2e-5)
+    alone = learnt(server, ask(algorithm, server, (), HOLDERS[1], key))
+    assert_close((clients[1].net.params, clients[1].net.stats), (alone["params"], alone["stats"]), 2e-5)
 
 
 def test_scaffolds_first_round_is_fedavg_without_momentum_and_later_ones_are_not():
@@ -249,7 +331,7 @@ def test_perfedavg_without_inner_steps_is_sgd_on_the_query_batches():
     algorithm = perfedavg(MODEL, SETTING, M=0)
     server, _ = algorithm.init(jax.random.key(1))
     data, key = HOLDERS[0], jax.random.key(5)
-    sent = algorithm.client_update(server, (), data, key)
+    reply = ask(algorithm, server, (), data, key)
     order_key, _ = jax.random.split(key)
     rows, _ = local.all_tasks(order_key, data.weight, SETTING.batch, SETTING.epochs)
     optimizer = optimizers.sgd(0.025, 0.9, 3e-4)
@@ -260,7 +342,7 @@ def test_perfedavg_without_inner_steps_is_sgd_on_the_query_batches():
         grads, (moments, _) = jax.grad(loss, has_aux=True)(params, stats, batch, key)
         updates, state = optimizer.update(grads, state, params)
         params, stats = tree.add(params, updates), tree.lerp(stats, moments, MODEL.momentum)
-    assert_close(sent.update, (params, stats), 2e-5)
+    assert_close(learnt(server, reply), {"params": params, "stats": stats}, 2e-5)
 
 
 def test_fedrep_with_an_empty_head_is_fedavg():
@@ -279,20 +361,20 @@ def test_fedmetanas_with_frozen_alphas_is_perfedavg_on_the_supernet():
     from fedmetanas_jax.nas import mask as masks
     from fedmetanas_jax.nas import relax
 
-    space = darts_space(**SHAPE, width=4, length=1, nodes=1)
-    supernet = space.make(masks.full_keep(1))
-    search = fedmetanas(space, SETTING, warmup=1.0, gumbel=False)[0].make(masks.full_keep(1))
+    space, setting = darts_space(**SHAPE, width=4, length=1, nodes=1), SETTING._replace(clip=5.0)
+    plan = masks.full_plan(space.graph)
+    supernet, search = space.make(plan), fedmetanas(space, setting, warmup=1.0, gumbel=False)[0].make(plan)
     server, _ = search.init(jax.random.key(1))
-    mix = relax.mix(server.alpha, server.mask, 1.0)
+    mix = relax.mix(space.graph, server.alpha, server.mask, 1.0)
 
     def apply(params, stats, image, train, key=None):
         return supernet.apply(params, stats, image, mix, train)
 
     model = Model(lambda key: (server.params, server.stats), apply, supernet.momentum, supernet.macs, ("head_bias",))
-    fixed = perfedavg(model, SETTING, clip=5.0)
+    fixed = perfedavg(model, setting)
     start, _ = fixed.init(jax.random.key(2))
-    own, key = train_examples(DATA, 0), jax.random.key(3)
-    params, stats, alpha = jax.jit(search.client_update)(server, (), own, key).update
-    assert_close((params, stats), jax.jit(fixed.client_update)(start, (), own, key).update)
-    assert same_bits(alpha, server.alpha)
-    assert maml.batches_of_a_task(1) * SETTING.batch == search.least_rows == fixed.least_rows
+    rows, key = train_examples(DATA, 0), jax.random.key(3)
+    change = jax.jit(lambda *x: ask(search, *x))(server, (), rows, key).change
+    assert not any(np.any(x) for x in jax.tree.leaves(change.pop("alpha")))
+    assert_close(change, jax.jit(lambda *x: ask(fixed, *x))(start, (), rows, key).change)
+    assert search.least_rows == fixed.least_rows == 2 * SETTING.batch

@@ -232,6 +232,6 @@ def test_the_gradient_is_traced_once_for_support_and_query():
         traces.append(1)
         return inner(*args)
 
-    gradient, options = maml.gradient(loss, optax.sgd(0.1), M=3), dict(setting=Setting(1, 2, 4, unchanged), momentum=0.1)
-    jit(lambda data: local.fit(gradient, META, params, stats, data, KEY, **options)).lower(examples(16))
+    gradient, how = maml.gradient(loss, optax.sgd(0.1), M=3), dict(setting=Setting(1, 2, 4, unchanged), momentum=0.1)
+    jit(lambda data: local.fit(gradient, META, params, stats, data, KEY, **how)).lower(examples(16))
     assert len(traces) == 1

@@ -11,7 +11,8 @@ from fedmetanas_jax.engine.round import init_state
 CLIENTS, COHORT = 8, 6
 CONDUCT = engine.Conduct(
     rounds=4, seed=0, clients=CLIENTS, cohort=COHORT, batch=4, epochs=1, at_once=-1, block=1, compile_ahead=0,
-    client_states="auto", bn_eval="running", eval_batch=8, eval_every=0, adapt_every=0, final_adapt=False, checkpoint_every=1,
+    client_states="auto", bn_eval="running", eval_batch=8, eval_every=0, adapt_every=0, final_adapt=False,
+    checkpoint_every=1,
 )  # fmt: skip
 
 

@@ -5,14 +5,15 @@ import numpy as np
 from toy_model import toy_model
 
 from fedmetanas_jax.algorithms import ALGORITHMS
+from fedmetanas_jax.architecture import searches
+from fedmetanas_jax.build import first_algorithm as first_of
 from fedmetanas_jax.build import one_phase
 from fedmetanas_jax.core import Algorithm, FederatedData, Phase, Setting
 from fedmetanas_jax.models.darts import darts_space
 from fedmetanas_jax.models.mobilenetv3 import mobilenetv3
-from fedmetanas_jax.networks import searches
 
 CLIENTS, COHORT, CLASSES = 6, 3, 4
-SETTING = Setting(rounds=60, epochs=3, batch=4, augment=lambda key, image: image)
+SETTING = Setting(rounds=60, epochs=3, batch=4, augment=lambda key, image: image, share=COHORT / CLIENTS)
 SHAPE = {"shape": (8, 8, 1), "classes": CLASSES, "mean": (0.5,), "std": (0.25,)}
 NAMES = sorted(ALGORITHMS)
 
@@ -47,7 +48,7 @@ def phases(name: str, setting: Setting = SETTING, nodes: int = 2, **options) -> 
     """
     factory = ALGORITHMS[name]
     if searches(factory):
-        network = darts_space(**SHAPE, width=4, length=1, nodes=nodes)
+        network, setting = darts_space(**SHAPE, width=4, length=1, nodes=nodes), setting._replace(clip=5.0)
     elif name == "fedavg":
         network = mobilenetv3(**SHAPE, variant="tiny")
     else:
@@ -58,5 +59,4 @@ def phases(name: str, setting: Setting = SETTING, nodes: int = 2, **options) -> 
 
 def first_algorithm(name: str, setting: Setting = SETTING, **options) -> Algorithm:
     """The algorithm of the method's first rounds."""
-    search = phases(name, setting, **options)[0]
-    return search.make(search.enter(None, None)[0])
+    return first_of(phases(name, setting, **options))
