@@ -7,7 +7,6 @@
 
 import io
 import json
-import os
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -17,10 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedmetanas_jax.core import Net
+from fedmetanas_jax.files import write_bytes
 from fedmetanas_jax.models.darts import darts_space
 from fedmetanas_jax.models.mobilenetv3 import mobilenetv3
+from fedmetanas_jax.models.nasbench201 import nasbench201_space
 
 FORMAT = 1
+SPACES = {"darts": darts_space, "nasbench201": nasbench201_space}  # their networks have a plan and a mix
+MAKERS = SPACES | {"mobilenetv3": mobilenetv3}  # of every kind
 
 
 class NetworkError(ValueError):
@@ -59,19 +62,16 @@ class Network(NamedTuple):
 def save(path: Path, net: Net, *, kind: str, arguments: dict, plan, label_names: tuple[str, ...]) -> None:
     """Writes `path` (.npz) whole or not at all.
 
-    kind "darts" (with the plan of its operations) or "mobilenetv3"; `arguments` are those of its maker.
+    `kind` is one of MAKERS, `arguments` those of its maker; one of SPACES needs the plan of the network's operations.
     """
     header = {"format": FORMAT, "kind": kind, "arguments": arguments, "plan": plan, "label_names": label_names}
     arrays = {f"params/{name}": x for name, x in _named(net.params).items()}
     arrays |= {f"stats/{name}": x for name, x in _named(net.stats).items()}
-    if kind == "darts":
+    if kind in SPACES:
         arrays["mix"] = np.asarray(net.mix)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(unfinished, "wb") as file:
-        np.savez(file, header=np.array(json.dumps(header)), **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    file = io.BytesIO()
+    np.savez(file, header=np.array(json.dumps(header)), **arrays)
+    write_bytes(path, file.getvalue())
 
 
 def load(path: str | Path) -> Network:
@@ -92,13 +92,14 @@ def load(path: str | Path) -> Network:
         raise NetworkError(f"{path} has format {header.get('format')}; this version reads {FORMAT}")
     params, stats = _nested(arrays, "params/"), _nested(arrays, "stats/")
     arguments = {name: tuple(x) if isinstance(x, list) else x for name, x in header["arguments"].items()}
-    if header["kind"] == "darts":
-        supernet = darts_space(**arguments).make(header["plan"])
-        net = Net(params, stats, jnp.asarray(arrays["mix"]))
+    if header["kind"] not in MAKERS:
+        raise NetworkError(f"{path} holds a network of kind {header['kind']!r}; there are {', '.join(MAKERS)}")
+    made, net = MAKERS[header["kind"]](**arguments), Net(params, stats)
+    if header["kind"] in SPACES:
+        supernet, net = made.make(header["plan"]), net._replace(mix=jnp.asarray(arrays["mix"]))
         apply = jax.jit(lambda image: supernet.apply(params, stats, image, net.mix, False)[0])
     else:
-        model, net = mobilenetv3(**arguments), Net(params, stats)
-        apply = jax.jit(lambda image: model.apply(params, stats, image, False)[0])
+        apply = jax.jit(lambda image: made.apply(params, stats, image, False)[0])
     return Network(net, header, apply)
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fedmetanas_jax.topology import OPS
+from fedmetanas_jax.models.plan import OPS
 
 
 def conv(x, kernel, stride=1, dilation=1, groups=1):

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedmetanas_jax.models import operations
-from fedmetanas_jax.models.cell import How, cell, suited
-from fedmetanas_jax.models.darts import darts
-from fedmetanas_jax.models.layout import placed
-from fedmetanas_jax.models.schedule import stages, tabulate
-from fedmetanas_jax.topology import NONE, OPS, edge_ends
+from fedmetanas_jax.models.darts import darts_space, suited
+from fedmetanas_jax.models.plan import NONE, OPS, edge_ends, norm_names, op_shapes, stacked
+from fedmetanas_jax.models.scan import scanned_cell
+from fedmetanas_jax.models.side_by_side import unrolled_cell
+from fedmetanas_jax.models.space import groups_of
+from fedmetanas_jax.models.stages import at_slots, stages
 
 ALL = tuple(range(len(OPS)))
 MAX, SKIP, SEP3, DIL3 = (OPS.index(op) for op in ("max_pool_3x3", "skip_connect", "sep_conv_3x3", "dil_conv_3x3"))
@@ -30,20 +30,21 @@ def double():
 
 def test_stage_of_a_normal_cell_by_hand():
     """Edges 0, 1 end in node 0; 2, 3, 4 in node 1; 5 .. 8 in node 2; 9 .. 13 in node 3."""
-    (stage,) = stages((ALL,) * 14, 4, reduce=False)
-    assert stage.sources == (0, 1, 2, 3, 4)
-    assert stage.slots == ((0, 2, 5, 9), (1, 3, 6, 10), (4, 7, 11, -1), (8, 12, -1, -1), (13, -1, -1, -1))
-    assert tabulate(stage).end[0].tolist() == [2, 3, 4, 5]  # rows after those of the two inputs
+    (stage,) = stages((ALL,) * 14, reduce=False)
+    assert stage.start.tolist() == [0, 1, 2, 3, 4]
+    slots = [[0, 2, 5, 9], [1, 3, 6, 10], [4, 7, 11, -1], [8, 12, -1, -1], [13, -1, -1, -1]]
+    assert stage.slot.tolist() == slots
+    assert stage.end[0].tolist() == [2, 3, 4, 5]  # rows after those of the two inputs
     assert [op.number for op in stage.shared] == [1, 2, 3]
 
 
 def test_stages_of_a_reduction_cell_by_hand():
-    inputs, between = stages((ALL,) * 5, 2, reduce=True)
-    assert (inputs.stride, inputs.slots) == (2, ((0, 2), (1, 3)))
-    assert (between.stride, between.slots) == (1, ((4,),))
+    inputs, between = stages((ALL,) * 5, reduce=True)
+    assert (inputs.stride, inputs.slot.tolist()) == (2, [[0, 2], [1, 3]])
+    assert (between.stride, between.slot.tolist()) == (1, [[4]])
     assert SKIP in [op.number for op in inputs.own]  # halving the image takes weights
     assert SKIP in [op.number for op in between.shared]
-    assert tabulate(between).start.tolist() == [0]  # node 0
+    assert between.start.tolist() == [0]  # node 0
 
 
 @pytest.mark.parametrize("reduce", [False, True])
@@ -52,29 +53,36 @@ def test_every_live_operation_has_one_place(reduce):
     rng = np.random.default_rng(0)
     ends = edge_ends(3)
     for _ in range(50):
-        keep = tuple(tuple(k for k in ALL if rng.random() < 0.15) for _ in ends)
+        plan = tuple(tuple(k for k in ALL if rng.random() < 0.15) for _ in ends)
         placed_ops, done = [], []
-        for stage in stages(keep, 3, reduce):
-            table = tabulate(stage)
-            for s, source in enumerate(stage.sources):
-                late = [e for e, (_, j) in enumerate(ends) if j == source - 2 and {*keep[e]} - {NONE}]
+        for stage in stages(plan, reduce):
+            inputs = stage.start + (2 if reduce and stage.stride == 1 else 0)
+            for s, source in enumerate(inputs.tolist()):
+                late = [e for e, (_, j) in enumerate(ends) if j == source - 2 and {*plan[e]} - {NONE}]
                 assert {*late} <= {*done}
                 for op in stage.shared:
-                    reached = [table.out[s, j] for j in range(3) if table.reaches[s, j, op.number]]
+                    reached = [stage.out[s, j] for j in range(3) if stage.reaches[s, j, op.number]]
                     placed_ops += [(e, op.number) for e in reached]
                 for op in stage.own:
-                    placed_ops += [(e, op.number) for e in table.slot[s][table.alive[s, :, op.number]]]
+                    placed_ops += [(e, op.number) for e in stage.slot[s][stage.alive[s, :, op.number]]]
                 done += [e for e, (i, _) in enumerate(ends) if i == source]
-        assert sorted(placed_ops) == [(e, k) for e in range(len(ends)) for k in keep[e] if k != NONE]
+        assert sorted(placed_ops) == [(e, k) for e in range(len(ends)) for k in plan[e] if k != NONE]
 
 
-def test_placed_and_its_gradient():
+def test_weights_at_slots_and_their_gradient():
     x = jnp.arange(1.0, 4)
     rows = ((2, 0), (-1, -1), (1, -1))
-    y, pull = jax.vjp(lambda x: placed(x, rows), x)
+    y, pull = jax.vjp(lambda x: at_slots(x, rows), x)
     np.testing.assert_array_equal(y[np.array(rows) >= 0], [3, 1, 2])
     np.testing.assert_array_equal(pull(jnp.array([[10.0, 20], [30, 40], [50, 60]]))[0], [20, 50, 10])
     assert pull(y)[0].shape == x.shape
+
+
+def test_groups_of_rows_and_their_gradient():
+    x = jnp.arange(1.0, 4)
+    y, pull = jax.vjp(lambda x: groups_of(x, ((2, 0), (1,))), x)
+    assert [part.tolist() for part in y] == [[3, 1], [2]]
+    np.testing.assert_array_equal(pull((jnp.array([10.0, 20]), jnp.array([30.0])))[0], [20, 30, 10])
 
 
 # --- Ways to compute a cell -------------------------------------------------------------------------------
@@ -85,11 +93,11 @@ EDGES = len(edge_ends(NODES))
 SOME = ((SEP3, MAX), (DIL3,), (SKIP, SEP3, DIL3), (DIL3, MAX), (DIL3,), (SKIP,), (MAX,), (DIL3,), ())
 
 
-def derivatives(keep, reduce, how):
+def derivatives(plan, reduce, cell):
     """(inputs, weights, mix) -> nodes, moments and gradients of a curved loss."""
 
     def loss(inputs, weights, mix):
-        nodes, moments = cell(inputs, weights, {}, mix, keep, NODES, reduce, True, how)
+        nodes, moments = cell(inputs, weights, {}, mix, plan, reduce, True)
         return jnp.sum(jnp.sin(nodes) * jnp.cos(jnp.arange(nodes.size, dtype=nodes.dtype)).reshape(nodes.shape)), (
             nodes,
             moments,
@@ -98,24 +106,25 @@ def derivatives(keep, reduce, how):
     return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))
 
 
-def example(keep, reduce):
+def stride(op):
+    """What its stack is for, where it has one."""
+    return 2 if op == "skip_connect" else 1
+
+
+def example(plan, reduce):
     rng = np.random.default_rng(0)
     weights = {}
-    for k, op in enumerate(OPS):
-        edges, stride = operations.stack(keep, k, NODES, reduce)
-        named = operations.op_shapes(op, WIDTH, stride) if edges else {}
+    for op, edges in stacked(plan, reduce).items():
+        named = op_shapes(op, WIDTH, stride(op)) if edges else {}
         weights[op] = {name: rng.normal(size=(len(edges), *shape)) for name, shape in named.items()}
     return rng.normal(size=(2, WIDTH, 4, 4, 3)), weights, rng.uniform(0.1, 1, (EDGES, len(OPS)))
 
 
 @pytest.mark.usefixtures("double")
-@pytest.mark.parametrize(
-    "how", [How(remat=False), How(True, True), How(False, True)], ids=["stored", "batched-remat", "batched"]
-)
-@pytest.mark.parametrize(("keep", "reduce"), [(SOME, False), (((SEP3, MAX, SKIP),) * EDGES, True)], ids=["some", "all"])
-def test_every_way_gives_the_same_numbers(keep, reduce, how):
-    arguments = example(keep, reduce)
-    got, want = (derivatives(keep, reduce, way)(*arguments) for way in (how, How()))
+@pytest.mark.parametrize(("plan", "reduce"), [(SOME, False), (((SEP3, MAX, SKIP),) * EDGES, True)], ids=["some", "all"])
+def test_both_ways_give_the_same_numbers(plan, reduce):
+    arguments = example(plan, reduce)
+    got, want = (derivatives(plan, reduce, cell)(*arguments) for cell in (unrolled_cell, scanned_cell))
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
@@ -123,31 +132,30 @@ def test_every_way_gives_the_same_numbers(keep, reduce, how):
 
 @pytest.mark.usefixtures("double")
 @pytest.mark.parametrize("reduce", [False, True])
-def test_every_way_evaluates_alike(reduce):
+def test_both_ways_evaluate_alike(reduce):
     inputs, weights, mix = example(SOME, reduce)
     rng, stats = np.random.default_rng(1), {}
-    for k, op in enumerate(OPS):
-        edges, stride = operations.stack(SOME, k, NODES, reduce)
+    for op, edges in stacked(SOME, reduce).items():
         shape = (len(edges), WIDTH)
-        stats[op] = {
-            name: (rng.normal(size=shape), rng.uniform(1, 2, shape)) for name in operations.norm_names(op, stride)
-        }
+        names = norm_names(op, stride(op)) if edges else ()
+        stats[op] = {name: {"mean": rng.normal(size=shape), "var": rng.uniform(1, 2, shape)} for name in names}
+    stats = {op: named for op, named in stats.items() if named}
 
-    def nodes(how):
-        run = jax.jit(lambda *given: cell(*given, SOME, NODES, reduce, False, how)[0])
+    def nodes(cell):
+        run = jax.jit(lambda *given: cell(*given, SOME, reduce, False)[0])
         return run(inputs, weights, stats, mix)
 
-    np.testing.assert_allclose(nodes(How(False, True)), nodes(How()), rtol=1e-9, atol=1e-11)
+    np.testing.assert_allclose(nodes(unrolled_cell), nodes(scanned_cell), rtol=1e-9, atol=1e-11)
 
 
 def test_edges_of_one_source_share_their_pool():
     """The moments of its batch norm, one row an edge, agree to the bit."""
-    keep = ((MAX,),) * EDGES
-    inputs = jnp.float32(example(keep, False)[0])
+    plan = ((MAX,),) * EDGES
+    inputs = jnp.float32(example(plan, False)[0])
     mix = jnp.ones((EDGES, len(OPS)))
-    found = jax.jit(lambda inputs: cell(inputs, {}, {}, mix, keep, NODES, False, True, How())[1])(inputs)
+    found = jax.jit(lambda inputs: scanned_cell(inputs, {}, {}, mix, plan, False, True)[1])(inputs)
     source = np.array([i for i, _ in edge_ends(NODES)])
-    for moments in map(np.asarray, found["max_pool_3x3"]["norm"]):
+    for moments in map(np.asarray, found["max_pool_3x3"]["norm"].values()):
         assert moments.shape == (EDGES, WIDTH)
         assert {(i, row.tobytes()) for i, row in zip(source, moments, strict=True)} == {
             (i, moments[e].tobytes()) for e, i in enumerate(source) if i not in source[:e]
@@ -158,21 +166,21 @@ def test_edges_of_one_source_share_their_pool():
 def test_what_suits_a_backend():
     """Small arrays for a CPU until one operation an edge is left; large ones elsewhere."""
     several, one = ((SEP3, MAX), (SKIP,)), ((SEP3,), ())
-    assert suited("cpu", several) == How(remat=True, batched=False)
-    assert {suited("cpu", one), suited("gpu", several), suited("tpu", one)} == {How(remat=False, batched=True)}
+    assert suited("cpu", several) == "scan"
+    assert {suited("cpu", one), suited("gpu", several), suited("tpu", one)} == {"side_by_side"}
 
 
 # --- Other platforms ----------------------------------------------------------------------------------------
 
 
-def conditionals(platform, how, plan=None, dtype=jnp.float32):
+def conditionals(platform, way, plan=((ALL,) * 5,) * 2, dtype=jnp.float32):
     """Types of what conditionals choose in the gradient of a tiny network, lowered for a platform not at hand.
 
     The choice by platform leaves a conditional of one branch behind, and one over the number of the platform,
     a constant; XLA removes both.
     """
     task = {"shape": (4, 4, 1), "classes": 2, "mean": (0.5,), "std": (0.5,)}
-    net = darts(**task, width=2, length=1, nodes=2, plan=plan, how=how, dtype=dtype)
+    net = darts_space(**task, width=2, length=1, nodes=2, way=way, dtype=dtype).make(plan)
     params, stats = jax.eval_shape(net.init, jax.random.key(0))
 
     def loss(trained, stats, image):
@@ -186,11 +194,11 @@ def conditionals(platform, how, plan=None, dtype=jnp.float32):
     return {kind for branches, kind in cases if "}, {" in branches} - {"tensor<i32>"}
 
 
-@pytest.mark.parametrize("plan", [None, (((SEP3,), (), (DIL3, MAX), (SKIP,), (SEP3,)),) * 2], ids=["full", "pruned"])
+@pytest.mark.parametrize("plan", [((ALL,) * 5,) * 2, (((SEP3,), (), (DIL3, MAX), (SKIP,), (SEP3,)),) * 2], ids=["full", "pruned"])
 def test_gradient_lowers_for_cuda_without_conditionals(plan):
     """A conditional makes a GPU wait for the host: what a CPU needs to keep arrays apart must not reach it."""
-    assert not conditionals("cuda", suited("gpu", plan or ()), plan, jnp.bfloat16)
+    assert not conditionals("cuda", suited("gpu", plan[0]), plan, jnp.bfloat16)
 
 
 def test_conditionals_keep_arrays_apart_on_a_cpu():
-    assert any(kind.endswith("xf32>") for kind in conditionals("cpu", How(batched=True)))
+    assert any(kind.endswith("xf32>") for kind in conditionals("cpu", "side_by_side"))

@@ -7,8 +7,8 @@ import pytest
 from naive_darts import naive
 
 from fedmetanas_jax.models import layers
-from fedmetanas_jax.models.darts import carry_over, darts, full_plan, multiply_adds, reductions
-from fedmetanas_jax.topology import OPS
+from fedmetanas_jax.models.darts import darts_space, reductions
+from fedmetanas_jax.models.plan import OPS
 
 LENGTH, NODES = 3, 2  # cells: normal, reduction, reduction
 EDGES = 5
@@ -17,16 +17,24 @@ SHAPE, CLASSES, BATCH = (8, 8, 2), 3, 4
 MEAN, STD = (0.5, 0.4), (0.25, 0.2)
 
 
-def small(plan=None, dtype=jnp.float64):
+def full_plan(nodes):
+    return ((tuple(range(len(OPS))),) * (nodes * (nodes + 3) // 2),) * 2
+
+
+def space(dtype=jnp.float64, **size):
     """Three cells of two nodes, on 8 x 8 images of two channels."""
-    size = {"width": 4, "length": LENGTH, "nodes": NODES}
-    return darts(shape=SHAPE, classes=CLASSES, mean=MEAN, std=STD, plan=plan, dtype=dtype, **size)
+    size = {"width": 4, "length": LENGTH, "nodes": NODES} | size
+    return darts_space(shape=SHAPE, classes=CLASSES, mean=MEAN, std=STD, dtype=dtype, **size)
+
+
+def small(plan=None, dtype=jnp.float64):
+    return space(dtype).make(plan or full_plan(NODES))
 
 
 def full_size(shape, classes, plan=None):
     """The network of methods section 12.1: C = 16, 8 cells, 4 nodes."""
     one = (0.5,) * shape[2]
-    return darts(shape=shape, classes=classes, mean=one, std=one, plan=plan)
+    return darts_space(shape=shape, classes=classes, mean=one, std=one).make(plan or full_plan(4))
 
 
 def shapes(net):
@@ -93,8 +101,8 @@ def plan_of(*genotype):
     """Plan of a genotype: per cell type and node, (operation, input) pairs."""
     plan = []
     for cell in genotype:
-        keep = {(i, j): (OPS.index(op),) for j, node in enumerate(cell) for op, i in node}
-        plan.append(tuple(keep.get((i, j), ()) for j in range(len(cell)) for i in range(j + 2)))
+        kept = {(i, j): (OPS.index(op),) for j, node in enumerate(cell) for op, i in node}
+        plan.append(tuple(kept.get((i, j), ()) for j in range(len(cell)) for i in range(j + 2)))
     return tuple(plan)
 
 
@@ -127,7 +135,9 @@ def test_multiply_adds_by_hand():
     channel at 1 pixel = 4; head from 2 features to 5 classes = 10.
     """
     skip = OPS.index(SKIP)
-    assert multiply_adds((2, 2, 1), 5, 1, 1, 1, (((), ()), ((skip,), ()))) == 108 + 48 + 4 + 10
+    task = {"shape": (2, 2, 1), "classes": 5, "mean": (0.5,), "std": (0.5,)}
+    net = darts_space(**task, width=1, length=1, nodes=1).make((((), ()), ((skip,), ())))
+    assert net.macs == 108 + 48 + 4 + 10
 
 
 @pytest.mark.parametrize("shape", [(30, 32, 3), (32, 30, 3), (7, 7, 1)])
@@ -245,7 +255,7 @@ TERMINAL = plan_of(
 
 
 def cut(tree, plan):
-    return carry_over(tree, LENGTH, NODES, full_plan(NODES), plan)
+    return space().carry_over(tree, full_plan(NODES), plan)
 
 
 def alive_in(plan):
@@ -323,7 +333,7 @@ def test_carry_over_in_two_steps_is_carry_over_in_one():
         for both in zip(PARTIAL, TERMINAL, strict=True)
     )
     for tree in (params, stats):
-        twice = carry_over(cut(tree, between), LENGTH, NODES, between, TERMINAL)
+        twice = space().carry_over(cut(tree, between), between, TERMINAL)
         assert_close(twice, cut(tree, TERMINAL), rtol=0, atol=0)
 
 
@@ -333,6 +343,24 @@ def test_carry_over_leaves_what_the_smaller_network_has():
         want = shapes(small(plan))
         for got, expected in zip((cut(params, plan), cut(stats, plan)), want, strict=True):
             assert jax.tree.map(lambda leaf: leaf.shape, got) == jax.tree.map(lambda leaf: leaf.shape, expected)
+
+
+@pytest.mark.usefixtures("double")
+def test_derived_network_is_the_supernet_with_its_operations_alone(full_eval):
+    params, stats, image, _ = example(10)
+    model = space().derive(TERMINAL)
+    logits, found = jax.jit(lambda *given: model.apply(*given, False))(cut(params, TERMINAL), cut(stats, TERMINAL), image)
+    assert_close(logits, full_eval(params, stats, image, alive_in(TERMINAL)))
+    assert_close(found, cut(stats, TERMINAL), rtol=0, atol=0)
+    assert model.macs == small(TERMINAL).macs < small().macs
+    assert set(model.head) == {"head_kernel", "head_bias"} < set(params)
+
+
+def test_derived_network_may_have_another_size():
+    got, want = space().derive(TERMINAL, width=6, length=4), space(width=6, length=4).make(TERMINAL)
+    assert (shapes(got), got.macs) == (shapes(want), want.macs)
+    with pytest.raises(ValueError, match="multiples of 4; they are 2 x 2"):
+        darts_space(shape=(2, 2, 1), classes=2, mean=MEAN, std=STD, length=1).derive(TERMINAL, length=8)
 
 
 # --- Initial values, types, second derivatives -----------------------------------------------------------
@@ -378,9 +406,7 @@ def test_gradient_through_a_gradient_step():
     One reduction cell has both kinds of scan; with operations on some edges and on all.
     """
     plan = (((),) * EDGES, named((MAX,), (DIL3,), (), (), (SKIP, MAX)))
-    net = darts(
-        shape=SHAPE, classes=CLASSES, mean=MEAN, std=STD, width=4, length=1, nodes=NODES, plan=plan, dtype=jnp.float64
-    )  # fmt: skip
+    net = space(length=1).make(plan)
     params, stats, image, mix = example(9, net=net)
 
     def loss(trained):

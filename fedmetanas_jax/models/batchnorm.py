@@ -16,15 +16,17 @@ def wide(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def norm(x: Array, given: dict | None, weight: Array | None = None) -> tuple[Array, dict]:
+def norm(
+    x: Array, given: dict | None, weight: Array | None = None, epsilon: float = BN_EPSILON
+) -> tuple[Array, dict]:
     """Batch norm of x [C, H, W, N], times `weight` [], and the moments found, {"mean": [C], "var": [C]}.
 
     `given` are such moments to normalise by, and then none are found; where it is None the batch's own do.
     """
     if given is None:
-        y, mean, variance = weighted_norm(x, jnp.ones((), wide(x).dtype) if weight is None else weight)
+        y, mean, variance = weighted_norm(x, jnp.ones((), wide(x).dtype) if weight is None else weight, epsilon)
         return y, {"mean": mean, "var": variance}
-    y = frozen_norm(x, given["mean"], given["var"])
+    y = frozen_norm(x, given["mean"], given["var"], epsilon)
     return (y if weight is None else weight.astype(y.dtype) * y), {}
 
 

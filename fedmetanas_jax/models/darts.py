@@ -15,7 +15,8 @@ from fedmetanas_jax.models import batchnorm, layers, operations
 from fedmetanas_jax.models.plan import OPS, CellPlan, Plan, darts_graph, norm_names, num_nodes, op_shapes, stacked
 from fedmetanas_jax.models.scan import scanned_cell
 from fedmetanas_jax.models.side_by_side import unrolled_cell
-from fedmetanas_jax.models.space import Weight, head, head_weights, kernel, search_space, supernet
+from fedmetanas_jax.models.space import head, head_weights, kernel, search_space, supernet
+from fedmetanas_jax.models.weights import Weight
 
 STEM_MULTIPLIER = 3
 Way = Literal["scan", "side_by_side"]
@@ -36,7 +37,7 @@ def suited(backend: str, plan: CellPlan) -> Way:
 
 
 def declared(shape, classes: int, width: int, length: int, plan: Plan) -> tuple[dict, dict]:
-    """Weights and norms of the network by path, as `space.supernet` takes them."""
+    """Weights and norms of the network by path."""
     area, stem = shape[0] * shape[1], STEM_MULTIPLIER * width
     weights = {("stem",): kernel((stem, shape[2], 3, 3), area)}
     weights |= {("stem_scale",): Weight((stem,), start=1.0), ("stem_shift",): Weight((stem,), start=0.0)}
@@ -98,7 +99,7 @@ def darts_space(
         _check_halvings(shape, length)
         ways = [way or suited(jax.default_backend(), part) for part in plan]
 
-        def forward(params, stats, x, mix, train):
+        def forward(params, stats, x, train, mix):
             x, moments = batchnorm.norm(layers.convolution(x, params["stem"]), None if train else stats["stem_norm"])
             found = {"stem_norm": moments}
             scale, shift = (params[name].astype(x.dtype)[:, None, None, None] for name in ("stem_scale", "stem_shift"))

@@ -199,6 +199,11 @@ def _to_winners(index, shape, g, stride):
 max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
+def global_pool(x: Array) -> Array:
+    """Mean over each image: [C, H, W, N] -> [C, N], in at least float32."""
+    return jnp.mean(wide(x), (1, 2))
+
+
 def _pool_count(size: int, stride: int) -> np.ndarray:
     """How many of a 3-window's rows lie inside, for every output position."""
     position = np.arange(0, size, stride)

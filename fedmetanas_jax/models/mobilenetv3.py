@@ -6,17 +6,14 @@ Stem, inverted residual blocks, a last 1x1 convolution, global average pool and 
 
 from typing import Literal, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 
-from fedmetanas_jax.core import Array, Model
+from fedmetanas_jax.core import Array, Model, Tree
 from fedmetanas_jax.models import batchnorm, layers
+from fedmetanas_jax.models.weights import Path, Weight, functions
 
 BN_EPSILON = 1e-3
-zeros = nn.initializers.zeros  # the modules only declare shapes; `initial` fills them
 ACTIVATIONS = {"RE": jax.nn.relu, "HS": jax.nn.hard_swish, "": lambda x: x}
 
 
@@ -87,40 +84,6 @@ def squeezed(expand: int) -> int:
     return rounded + 8 if rounded < 0.9 * quarter else rounded
 
 
-def deviation(layer: str, shape: tuple[int, ...]) -> float:
-    """Of a kernel's initial values: 0.01 in the linear layers, He et al.'s sqrt(2 / fan_out) elsewhere.
-
-    fan_out is out * k * k for depthwise kernels too, as torchvision has it.
-    """
-    if layer in ("hidden", "head"):
-        return 0.01
-    window = shape[-1] ** 2 if len(shape) > 2 else 1
-    return (2 / (shape[0] * window)) ** 0.5
-
-
-def initial(key: Array, shapes: dict) -> dict:
-    """float32 variables of these shapes: normal kernels, scales and variances 1, everything else 0.
-
-    All kernels are cut from one draw: XLA takes about half a second to compile each draw of its own.
-    """
-    shapes = {path: leaf.shape for path, leaf in flatten_dict(shapes).items()}
-    ends = np.cumsum([np.prod(shape) for path, shape in shapes.items() if path[-1] == "kernel"], dtype=int)
-    pieces = iter(jnp.split(jax.random.normal(key, (ends[-1],), jnp.float32), ends[:-1]))
-    values = {}
-    for path, shape in shapes.items():
-        *_, layer, name = path
-        if name == "kernel":
-            values[path] = deviation(layer, shape) * next(pieces).reshape(shape)
-        else:
-            values[path] = jnp.full(shape, name in ("scale", "var"), jnp.float32)
-    return unflatten_dict(values)
-
-
-def pooled(x: Array) -> Array:
-    """Global average pool [C, H, W, N] -> [C, N], in at least float32."""
-    return jnp.mean(x.astype(jnp.promote_types(x.dtype, jnp.float32)), (1, 2))
-
-
 def depthwise(x: Array, kernel: Array, stride: int) -> Array:
     """`layers.depthwise` without the taps that lie outside a small image at every position.
 
@@ -133,87 +96,77 @@ def depthwise(x: Array, kernel: Array, stride: int) -> Array:
     return layers.depthwise(x, kernel[:, inner, inner], stride)
 
 
-class ConvNorm(nn.Module):
-    """Convolution, batch norm with scale and shift, activation; [I, H, W, N] -> [O, H/stride, W/stride, N].
+def conv_norm(params: Tree, stats: Tree, x: Array, train: bool, act: str = "", stride: int = 1) -> tuple[Array, Tree]:
+    """Convolution, batch norm with scale and shift, activation; [I, H, W, N] -> [O, H/stride, W/stride, N], moments.
 
-    In training the batch's moments normalise and replace `batch_stats`.
+    The kernel's shape says which: pointwise [O, I], depthwise [C, k, k] or dense [O, I, k, k].
     """
-
-    kind: Literal["dense", "depthwise", "pointwise"]
-    out: int
-    size: int = 1
-    stride: int = 1
-    act: str = ""
-
-    @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
-        out, window = (self.out,), (self.size, self.size)
-        if self.kind == "pointwise":
-            x = layers.pointwise(x, self.param("kernel", zeros, (*out, x.shape[0])))
-        elif self.kind == "depthwise":
-            x = depthwise(x, self.param("kernel", zeros, out + window), self.stride)
-        else:
-            x = layers.convolution(x, self.param("kernel", zeros, (*out, x.shape[0], *window)), self.stride)
-        mean = self.variable("batch_stats", "mean", jnp.zeros, out)
-        variance = self.variable("batch_stats", "var", jnp.zeros, out)
-        if train:
-            x, mean.value, variance.value = batchnorm.batch_norm(x, BN_EPSILON)
-        else:
-            x = batchnorm.frozen_norm(x, mean.value, variance.value, BN_EPSILON)
-        scale = self.param("scale", zeros, out).astype(x.dtype)
-        shift = self.param("shift", zeros, out).astype(x.dtype)
-        return ACTIVATIONS[self.act](scale[:, None, None, None] * x + shift[:, None, None, None])
+    kernel = params["kernel"]
+    if kernel.ndim == 2:
+        x = layers.pointwise(x, kernel)
+    else:
+        x = (depthwise if kernel.ndim == 3 else layers.convolution)(x, kernel, stride)
+    x, moments = batchnorm.norm(x, None if train else stats, epsilon=BN_EPSILON)
+    scale, shift = (params[name].astype(x.dtype)[:, None, None, None] for name in ("scale", "shift"))
+    return ACTIVATIONS[act](scale * x + shift), moments
 
 
-class Linear(nn.Module):
+def linear(params: Tree, x: Array) -> Array:
     """[I, N] -> [O, N]."""
-
-    out: int
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        kernel = self.param("kernel", zeros, (self.out, x.shape[0]))
-        return kernel @ x + self.param("bias", zeros, (self.out,))[:, None]
+    return params["kernel"] @ x + params["bias"][:, None]
 
 
-class Block(nn.Module):
+def block(row: Row, params: Tree, stats: Tree, x: Array, train: bool) -> tuple[Array, Tree]:
     """Inverted residual: expand, depthwise, squeeze and excite, project; a residual where shapes allow."""
-
-    row: Row
-
-    @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
-        row, entry = self.row, x
-        if row.expand != x.shape[0]:
-            x = ConvNorm("pointwise", row.expand, act=row.act, name="expand")(x, train)
-        x = ConvNorm("depthwise", row.expand, row.kernel, row.stride, row.act, name="depthwise")(x, train)
-        if row.squeeze:
-            gate = jax.nn.relu(Linear(squeezed(row.expand), name="squeeze")(pooled(x)))
-            gate = jax.nn.hard_sigmoid(Linear(row.expand, name="excite")(gate))
+    entry, found = x, {}
+    for name, act, stride in (("expand", row.act, 1), ("depthwise", row.act, row.stride), ("project", "", 1)):
+        if name == "project" and row.squeeze:
+            gate = jax.nn.relu(linear(params["squeeze"], layers.global_pool(x)))
+            gate = jax.nn.hard_sigmoid(linear(params["excite"], gate))
             x = x * gate.astype(x.dtype)[:, None, None, :]
-        x = ConvNorm("pointwise", row.out, name="project")(x, train)
-        return entry + x if row.stride == 1 and entry.shape[0] == row.out else x
+        if name in params:
+            x, found[name] = conv_norm(params[name], stats[name], x, train, act, stride)
+    return entry + x if row.stride == 1 and entry.shape[0] == row.out else x, found
 
 
-class MobileNetV3(nn.Module):
-    """The whole network on normalised images [channels, H, W, N] -> logits [N, classes]."""
+def declared(shape, classes: int, stem: int, variant: Variant) -> tuple[dict[Path, Weight], dict]:
+    """Weights and norms of the network by path.
 
-    variant: Variant
-    classes: int
-    stride: int  # of the stem
-    dropout: float
+    Kernels are normal, of deviation 0.01 in the last linear layers and He et al.'s sqrt(2 / fan_out) elsewhere, where
+    fan_out is out * k * k for depthwise kernels too, as torchvision has it.
+    """
+    weights: dict[Path, Weight] = {}
+    norms: dict[Path, tuple[int, ...]] = {}
 
-    @nn.compact
-    def __call__(self, x: Array, train: bool, key: Array | None) -> Array:
-        x = ConvNorm("dense", self.variant.stem, 3, self.stride, "HS", name="stem")(x, train)
-        for i, row in enumerate(self.variant.rows):
-            x = Block(row, name=f"block_{i:02d}")(x, train)
-        x = pooled(ConvNorm("pointwise", self.variant.last, act="HS", name="last")(x, train))
-        x = jax.nn.hard_swish(Linear(self.variant.hidden, name="hidden")(x))
-        if train and key is not None:
-            keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
-            x = jnp.where(keep, x / (1 - self.dropout), 0)
-        return Linear(self.classes, name="head")(x).T
+    def conv(path: Path, *kernel: int) -> None:
+        fan_out = kernel[0] * (kernel[-1] ** 2 if len(kernel) > 2 else 1)
+        weights[*path, "kernel"] = Weight(kernel, height * width, (2 / fan_out) ** 0.5)
+        norms[path] = kernel[:1]
+        for name, start in (("scale", 1.0), ("shift", 0.0)):
+            weights[*path, name] = Weight(kernel[:1], start=start)
+
+    def dense(path: Path, out: int, inputs: int, deviation: float) -> None:
+        weights[*path, "kernel"] = Weight((out, inputs), 1, deviation)
+        weights[*path, "bias"] = Weight((out,), start=0.0)
+
+    height, width = (-(-n // stem) for n in shape[:2])
+    conv(("stem",), variant.stem, shape[2], 3, 3)
+    channels = variant.stem
+    for i, row in enumerate(variant.rows):
+        name, inside = f"block_{i:02d}", squeezed(row.expand)
+        if row.expand != channels:
+            conv((name, "expand"), row.expand, channels)
+        height, width = (-(-n // row.stride) for n in (height, width))
+        conv((name, "depthwise"), row.expand, row.kernel, row.kernel)
+        if row.squeeze:
+            dense((name, "squeeze"), inside, row.expand, (2 / inside) ** 0.5)
+            dense((name, "excite"), row.expand, inside, (2 / row.expand) ** 0.5)
+        conv((name, "project"), row.out, row.expand)
+        channels = row.out
+    conv(("last",), variant.last, channels)
+    dense(("hidden",), variant.hidden, variant.last, 0.01)
+    dense(("head",), classes, variant.hidden, 0.01)
+    return weights, norms
 
 
 def mobilenetv3(
@@ -245,37 +198,27 @@ def mobilenetv3(
         raise ValueError(f"the MobileNetV3 stem has stride 1 or 2, not {stem!r}")
     if not 0 <= dropout < 1:
         raise ValueError(f"the dropout rate must be at least 0 and below 1, not {dropout!r}")
-    net = MobileNetV3(VARIANTS[variant], classes, stem, dropout)
+    numbers = VARIANTS[variant]
 
-    def init(key):
-        # No variable's shape depends on the image's size.
-        image = jnp.zeros((shape[2], 1, 1, 1))
-        variables = initial(key, jax.eval_shape(lambda: net.init(key, image, False, None)))
-        return variables["params"], variables["batch_stats"]
+    def forward(params, stats, x, train, key):
+        x, moments = conv_norm(params["stem"], stats["stem"], x, train, "HS", stem)
+        found = {"stem": moments}
+        for i, row in enumerate(numbers.rows):
+            name = f"block_{i:02d}"
+            x, found[name] = block(row, params[name], stats[name], x, train)
+        x, found["last"] = conv_norm(params["last"], stats["last"], x, train, "HS")
+        x = jax.nn.hard_swish(linear(params["hidden"], layers.global_pool(x)))
+        if train and key is not None:
+            kept = jax.random.bernoulli(key, 1 - dropout, x.shape)
+            x = jnp.where(kept, x / (1 - dropout), 0)
+        return linear(params["head"], x).T, found
 
-    def apply(params, stats, image, train, key=None):
-        x = layers.normalize(image, mean, std, dtype)
-        variables = {"params": params, "batch_stats": stats}
-        if not train:
-            return net.apply(variables, x, False, None), stats
-        logits, found = net.apply(variables, x, True, key, mutable=["batch_stats"])
-        return logits, found["batch_stats"]
-
-    macs = multiply_adds(shape, classes, stem, VARIANTS[variant])
-    return Model(init, apply, momentum=VARIANTS[variant].momentum, macs=macs, head=("head",))
-
-
-def multiply_adds(shape, classes: int, stem: int, variant: Variant) -> int:
-    """Multiply-adds of convolutions and linear layers for one image, taps on padding included."""
-    height, width = (-(-n // stem) for n in shape[:2])
-    total = 9 * shape[2] * variant.stem * height * width
-    channels = variant.stem
-    for row in variant.rows:
-        if row.expand != channels:
-            total += channels * row.expand * height * width
-        height, width = (-(-n // row.stride) for n in (height, width))
-        total += (row.kernel**2 + row.out) * row.expand * height * width
-        total += 2 * row.expand * squeezed(row.expand) * row.squeeze
-        channels = row.out
-    total += channels * variant.last * height * width
-    return total + variant.last * variant.hidden + variant.hidden * classes
+    weights, norms = declared(shape, classes, stem, numbers)
+    init, apply, macs = functions(weights, norms, forward, jax.random.normal, mean, std, dtype)
+    return Model(
+        init,
+        lambda params, stats, image, train, key=None: apply(params, stats, image, train, key),
+        momentum=numbers.momentum,
+        macs=macs,
+        head=("head",),
+    )

@@ -19,6 +19,7 @@ from fedmetanas_jax.core import Array, Tree
 from fedmetanas_jax.models import batchnorm, layers, operations
 from fedmetanas_jax.models.operations import Op
 from fedmetanas_jax.models.plan import NONE, OPS, CellPlan, carried, edge_ends, num_nodes, op_shapes, stack_rows
+from fedmetanas_jax.models.space import groups_of
 
 # Operations whose layers can be rows of one array: as many layers, over images of one size.
 FAMILIES = (("sep_conv_3x3", "sep_conv_5x5"), ("dil_conv_3x3", "dil_conv_5x5"), ("skip_connect",))
@@ -48,19 +49,6 @@ def sources(plan: CellPlan, reduce: bool) -> list[Source]:
         if edges:
             found.append(Source(i, stride, edges, on, own, shared))
     return found
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def groups_of(x: Array, groups: tuple[tuple[int, ...], ...]) -> tuple[Array, ...]:
-    """The rows of x, each in one group. Its gradient is a selection, where the automatic one would be scatters."""
-    return tuple(x[np.array(rows)] for rows in groups)
-
-
-def _groups_backward(groups, _, grads):
-    return (jnp.concatenate(grads)[np.argsort(np.concatenate(groups))],)
-
-
-groups_of.defvjp(lambda x, groups: (groups_of(x, groups), None), _groups_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))

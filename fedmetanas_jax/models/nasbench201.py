@@ -1,0 +1,143 @@
+"""The NAS-Bench-201 search space: supernet and discrete networks (Dong and Yang, ICLR 2020).
+
+Stem, three stages of cells of one type with a residual block that halves the image between them, batch norm, global
+average pool, linear head. A cell has one input and three nodes, each of which reads all before it; the last one is
+its output. All edges stay, so a search chooses one of five operations for each of six edges.
+
+The program is written out cell by cell. The edges that leave one source read the same image, so their convolutions
+are one convolution with more outputs.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from fedmetanas_jax.core import Array, Graph, SearchSpace, Supernet, Tree
+from fedmetanas_jax.models import batchnorm, layers, operations
+from fedmetanas_jax.models.plan import CellPlan, Plan
+from fedmetanas_jax.models.space import groups_of, head, head_weights, kernel, search_space, supernet
+
+OPS = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
+EDGES = tuple((i, j) for j in range(3) for i in range(j + 1))
+GRAPH = Graph(("cell",), OPS, inputs=1, edges=EDGES, pairs=(), output=(2,))
+CONVOLUTIONS = {"nor_conv_1x1": layers.pointwise, "nor_conv_3x3": layers.convolution}
+
+
+def stacked(plan: CellPlan) -> dict[str, list[int]]:
+    """{convolution: the edges whose weights and moments of it are stacked, in order}."""
+    return {op: [e for e, ops in enumerate(plan) if OPS.index(op) in ops] for op in CONVOLUTIONS}
+
+
+def cell(params: Tree, stats: Tree, x: Array, mix: Array, plan: CellPlan, train: bool) -> tuple[Array, Tree]:
+    """x [C, H, W, N], mix [edges, ops] -> (the last node [C, H, W, N], moments of its batch norms)."""
+    stacks, kernels, found = stacked(plan), {}, []
+    rows = {op: [tuple(n for n, e in enumerate(stacks[op]) if EDGES[e][0] == i) for i in range(3)] for op in stacks}
+    for op in params:  # apart by source
+        here = [i for i in range(3) if rows[op][i]]
+        kernels[op] = dict(zip(here, groups_of(params[op]["kernel"], tuple(filter(None, rows[op]))), strict=True))
+    states = [x, *[jnp.zeros_like(x)] * 3]
+    for i in range(3):
+        x = states[i]
+
+        def add(edges: list[int], terms) -> None:
+            for e, y in zip(edges, terms, strict=True):
+                states[EDGES[e][1] + 1] += y
+
+        for op in ("skip_connect", "avg_pool_3x3"):
+            k = OPS.index(op)
+            edges = [e for e, ops in enumerate(plan) if EDGES[e][0] == i and k in ops]
+            if edges:
+                y = x if op == "skip_connect" else layers.settled(layers.avg_pool(x))
+                add(edges, [mix[e, k].astype(y.dtype) * y for e in edges])
+        relu_x = lax.optimization_barrier(jax.nn.relu(x))
+        for op in (op for op in CONVOLUTIONS if rows[op][i]):
+            edges, weights = [stacks[op][n] for n in rows[op][i]], kernels[op][i]
+            z = CONVOLUTIONS[op](relu_x, weights.reshape(-1, *weights.shape[2:]))
+            given = None if train else jax.tree.map(lambda m, at=rows[op][i]: m[np.array(at)], stats[op]["norm"])
+            weight = mix[np.array(edges), OPS.index(op)]
+            y, moments = jax.vmap(batchnorm.norm)(z.reshape(*weights.shape[:2], *z.shape[1:]), given, weight)
+            add(edges, y)
+            found.append((op, np.array(edges), {"norm": moments}))
+    return states[3], operations.in_edge_order(found)
+
+
+def halving(params: Tree, stats: Tree, x: Array, train: bool) -> tuple[Array, Tree]:
+    """The residual block between stages: [C, H, W, N] -> ([2 C, H / 2, W / 2, N], moments of its batch norms)."""
+    channels, height, width, batch = x.shape
+    quarters = x.reshape(channels, height // 2, 2, width // 2, 2, batch)
+    y, found = x, {}
+    for name, stride in (("first", 2), ("second", 1)):
+        y = layers.convolution(jax.nn.relu(y), params[name], stride)
+        y, found[f"{name}_norm"] = batchnorm.norm(y, None if train else stats[f"{name}_norm"])
+    return layers.pointwise(jnp.mean(quarters, (2, 4)), params["shortcut"]) + y, found
+
+
+def declared(shape, classes: int, width: int, length: int, plan: Plan) -> tuple[dict, dict]:
+    """Weights and norms of the network by path."""
+    area = shape[0] * shape[1]
+    weights = {("stem",): kernel((width, shape[2], 3, 3), area)}
+    norms: dict[tuple[str, ...], tuple[int, ...]] = {("stem_norm",): (width,)}
+    for i in range(length):
+        if i and i % (length // 3) == 0:
+            block, width, area = f"halving_{i}", 2 * width, area // 4
+            weights[block, "first"] = kernel((width, width // 2, 3, 3), area)
+            weights[block, "second"] = kernel((width, width, 3, 3), area)
+            weights[block, "shortcut"] = kernel((width, width // 2), area)
+            norms |= {(block, "first_norm"): (width,), (block, "second_norm"): (width,)}
+        for op, edges in stacked(plan[0]).items():
+            if edges:
+                size = (width, width, 3, 3) if op == "nor_conv_3x3" else (width, width)
+                weights[f"cell_{i}", op, "kernel"] = kernel(size, area, (len(edges),))
+                norms[f"cell_{i}", op, "norm"] = (len(edges), width)
+    return weights | head_weights(width, classes), norms | {("last_norm",): (width,)}
+
+
+def nasbench201_space(
+    *,
+    shape: tuple[int, int, int],
+    classes: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    width: int = 16,
+    length: int = 15,
+    dtype=jnp.float32,
+) -> SearchSpace:
+    """The search space with C = width and length / 3 cells a stage, for images of `shape` (H, W, channels).
+
+    Weights, moments, logits and the mix are float32; `dtype` is what the layers compute in. Batch norms have no
+    scale and shift, in derived networks neither; those may have another width and length.
+
+    ValueError where `length` is not a multiple of 3 or the image cannot be halved twice.
+    """
+
+    def make(plan: Plan, width: int = width, length: int = length) -> Supernet:
+        _check(shape, length)
+
+        def forward(params, stats, x, train, mix):
+            x, moments = batchnorm.norm(layers.convolution(x, params["stem"]), None if train else stats["stem_norm"])
+            found = {"stem_norm": moments}
+            for i in range(length):
+                block = f"halving_{i}"
+                if block in params:
+                    x, found[block] = halving(params[block], stats[block], x, train)
+                name = f"cell_{i}"  # without a convolution it has no weights
+                x, moments = cell(params.get(name, {}), stats.get(name, {}), x, mix[0], plan[0], train)
+                found |= {name: moments} if moments else {}
+            x, found["last_norm"] = batchnorm.norm(x, None if train else stats["last_norm"])
+            return head(jax.nn.relu(x), params), found
+
+        return supernet(*declared(shape, classes, width, length, plan), forward, mean, std, dtype)
+
+    _check(shape, length)
+    return search_space(GRAPH, make, lambda plan: {f"cell_{i}": stacked(plan[0]) for i in range(length)})
+
+
+def _check(shape, length: int) -> None:
+    if length < 3 or length % 3:
+        raise ValueError(f"the NAS-Bench-201 network has three stages, so its cells are a multiple of 3, not {length}")
+    if shape[0] % 4 or shape[1] % 4:
+        raise ValueError(
+            "the NAS-Bench-201 network halves its images twice, so height and width must be multiples of 4; "
+            f"they are {shape[0]} x {shape[1]}"
+        )
