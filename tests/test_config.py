@@ -8,7 +8,7 @@ from typing import Literal
 
 import pytest
 
-from fedmetanas_jax.config import TASKS, Config, from_dict, to_dict, validate
+from fedmetanas_jax.config import MAY_CHANGE, TASKS, Config, from_dict, to_dict, validate
 from fedmetanas_jax.options import UsageError, nearest, option_types, parse_options, parse_value
 
 
@@ -84,6 +84,10 @@ def test_a_record_of_another_version_is_named():
         ({"concentration": 0.0}, "config.concentration is 0.0; it must be positive"),
         ({"concentration": float("nan")}, "config.concentration is nan"),
         ({"concentration": float("inf")}, "config.concentration is inf"),
+        ({"lr": -0.1}, "config.lr is -0.1; it must be 0 or more"),
+        ({"momentum": 1.0}, "config.momentum is 1.0; it must be 0 or more and below 1"),
+        ({"clip": -2.0}, "config.clip is -2.0; it must be 0 or more, or -1"),
+        ({"weight_decay": float("nan")}, "config.weight_decay is nan"),
         ({"seed": 2**32}, "config.seed is 4294967296; it must be less than"),
         ({"partition": "dirichlett"}, "no choice 'dirichlett'; did you mean 'dirichlet'"),
         ({"stem": 3}, "config.stem: no choice '3'; there are: 1, 2"),
@@ -100,6 +104,11 @@ def test_the_bounds_themselves_are_allowed():
     validate(dataclasses.replace(Config(), clients=1, cohort=1, rounds=1, at_once=0, devices=0))
     validate(dataclasses.replace(Config(), seed=2**32 - 1))
     validate(dataclasses.replace(Config(), concentration=0.001, eval_every=0, adapt_every=0, augment=()))
+
+
+def test_what_may_change_says_how_a_run_is_run():
+    fields = {"at_once", "devices", "client_states", "compile_ahead", "block", "checkpoint_every"}
+    assert MAY_CHANGE == fields | {"eval_every", "adapt_every", "final_adapt"}
 
 
 def test_nearest_offers_what_was_probably_meant():

@@ -5,24 +5,35 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from toy_federation import CLIENTS, COHORT, SETTING, federation, first_algorithm, phases
+from toy_model import merged
 
 from fedmetanas_jax.core import Alpha
 from fedmetanas_jax.engine.round import client_key, init_state, make_round, train_examples
+from fedmetanas_jax.models.darts import darts_graph
 from fedmetanas_jax.nas import mask as masks
 
 SEED = 5
+GRAPH = darts_graph(2)
+FULL = masks.full_plan(GRAPH)
 DATA = federation()
 
 
 @pytest.fixture(scope="module")
 def search():
-    """The full program: (algorithm, compiled client update)."""
+    """The full program: (algorithm, compiled client update). The server is the message."""
     algorithm = first_algorithm("fedmetanas")
     return algorithm, jax.jit(algorithm.client_update)
 
 
+def plan_and_server(phase, server):
+    """What the engine has after the phase's event and its smaller program."""
+    plan, server = phase.enter(server, FULL, jax.random.key(0))
+    assert plan == FULL  # the event itself changes the mask alone
+    return phase.smaller(server, plan)
+
+
 def server_at(algorithm, round: int, alpha: Alpha | None = None):
-    server = init_state(algorithm, SEED, CLIENTS).server_state
+    server = init_state(algorithm, SEED, CLIENTS).server
     return server._replace(round=jnp.int32(round), alpha=server.alpha if alpha is None else alpha)
 
 
@@ -43,31 +54,6 @@ def test_a_run_too_short_to_prune_is_one_phase():
     assert [phase.start for phase in listed] == [0]
 
 
-def test_with_time_to_compile_the_program_shrinks_some_rounds_after_the_mask(search):
-    listed = phases("fedmetanas", SETTING._replace(ahead=4), prune_every=6, nodes=2)
-    assert [(phase.start, phase.event) for phase in listed] == [
-        (0, ""), *((t + wait, event) for t in range(18, 54, 6) for wait, event in ((0, "prune"), (4, "program")))
-    ][: len(listed)]  # fmt: skip
-    assert listed[-1].start == 52
-    algorithm, _ = search
-    full = masks.full_keep(2)
-    server = server_at(algorithm, 18)
-    server = server._replace(alpha=clear_alpha(server))
-    plan, masked = listed[1].enter(server, full)
-    assert plan == full
-    assert jnp.sum(masked.mask.op) < 80
-    foreseen = listed[2].foresee(masked)
-    plan, cut = listed[2].enter(masked, plan)
-    assert plan == foreseen != full
-    at_once, waited = phases("fedmetanas", prune_every=6)[1].enter(server, full)
-    assert at_once == plan
-    for x, y in zip(jax.tree.leaves(waited), jax.tree.leaves(cut), strict=True):
-        np.testing.assert_array_equal(x, y)
-    # Where the next event comes first, it takes the program along.
-    listed = phases("fedmetanas", SETTING._replace(ahead=6), prune_every=6)
-    assert [phase.event for phase in listed] == ["", *["prune"] * 6, "program"]
-
-
 def test_temperature_falls_linearly_and_stays(search):
     algorithm, _ = search
     at = [float(algorithm.report(server_at(algorithm, t))["temperature"]) for t in (0, 24, 48, 60)]
@@ -79,21 +65,20 @@ def test_alphas_stand_still_in_warm_up_and_move_after_it(search):
     key = client_key(SEED, jnp.int32(0), jnp.int32(1))
     for round, moves in ((0, False), (2, False), (3, True)):  # 5 % of 60 rounds
         server = server_at(algorithm, round)
-        out = client_update(server, (), train_examples(DATA, 1), key)
-        changed = [bool(jnp.any(x != y)) for x, y in zip(out.update[2], server.alpha, strict=True)]
-        assert changed == [moves] * 2
-        assert all(jnp.any(x != y) for x, y in zip(*map(jax.tree.leaves, (out.update[0], server.params)), strict=True))
+        change = client_update(server, (), train_examples(DATA, 1), key).change
+        assert [bool(jnp.any(x)) for x in change["alpha"]] == [moves] * 2
+        assert all(jnp.any(x) for x in jax.tree.leaves(change["params"]))
 
 
 def test_image_gradients_count_support_and_query(search):
     algorithm, client_update = search
     for client in range(3):
         own = train_examples(DATA, client)
-        out = client_update(server_at(algorithm, 4), (), own, client_key(SEED, jnp.int32(4), jnp.int32(client)))
+        reply = client_update(server_at(algorithm, 4), (), own, client_key(SEED, jnp.int32(4), jnp.int32(client)))
         held = int(DATA.train_size[client])
-        assert out.weight == held
+        assert reply.weight == held
         # The remainder of an epoch that fills no pair of batches is dropped (D-37).
-        assert out.metrics["image_gradients"] == SETTING.epochs * (held // 8) * 8
+        assert reply.metrics["image_gradients"] == SETTING.epochs * (held // 8) * 8
 
 
 def test_pruned_logits_do_not_move(search):
@@ -101,13 +86,12 @@ def test_pruned_logits_do_not_move(search):
     algorithm, client_update = search
     server = server_at(algorithm, 30)
     alpha = clear_alpha(server)
-    server = server._replace(alpha=alpha, mask=masks.prune(alpha, server.mask, 0.5, 0.01))
-    updates = [
-        client_update(server, (), train_examples(DATA, k), client_key(SEED, jnp.int32(30), jnp.int32(k))).update
+    server = server._replace(alpha=alpha, mask=masks.prune(GRAPH, alpha, server.mask, 0.5, 0.01))
+    replies = [
+        client_update(server, (), train_examples(DATA, k), client_key(SEED, jnp.int32(30), jnp.int32(k)))
         for k in range(2)
     ]
-    mean = jax.tree.map(lambda x, y: 0.3 * x + 0.7 * y, *updates)
-    after = algorithm.server_update(server, mean)
+    after = algorithm.server_update(server, merged(*replies))
     for alive, before, now in zip(server.mask, server.alpha, after.alpha, strict=True):
         assert not jnp.all(alive)
         np.testing.assert_array_equal(before[~alive], now[~alive])
@@ -120,11 +104,11 @@ def test_a_prune_event_enters_a_smaller_program_of_the_same_function(search):
     listed = phases("fedmetanas", prune_every=6)
     server = server_at(algorithm, listed[1].start)
     server = server._replace(alpha=clear_alpha(server))
-    plan, cut = listed[1].enter(server, masks.full_keep(2))
+    plan, cut = plan_and_server(listed[1], server)
     small = listed[1].make(plan)
     full = server._replace(mask=cut.mask)
 
-    alive, pairs = (int(x) for x in masks.alive(cut.mask))
+    alive, pairs = (int(x) for x in masks.alive(GRAPH, cut.mask))
     assert alive < 80
     assert pairs < 8
     count = [sum(x.size for x in jax.tree.leaves(s.params)) for s in (full, cut)]
@@ -143,7 +127,7 @@ def test_a_prune_event_enters_a_smaller_program_of_the_same_function(search):
     whole = client_update(full, (), train_examples(DATA, 2), key)
     part = jax.jit(small.client_update)(cut, (), train_examples(DATA, 2), key)
     np.testing.assert_allclose(whole.metrics["loss"], part.metrics["loss"], rtol=1e-4)
-    for x, y in zip(whole.update[2], part.update[2], strict=True):
+    for x, y in zip(whole.change["alpha"], part.change["alpha"], strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=2e-4)
 
 
@@ -151,7 +135,7 @@ def test_after_the_last_event_soft_and_discrete_are_one_network(search):
     algorithm, _ = search
     last = phases("fedmetanas")[-1]
     server = server_at(algorithm, last.start)
-    plan, cut = last.enter(server, masks.full_keep(2))
+    plan, cut = plan_and_server(last, server)
     assert [sum(map(len, kind)) for kind in plan] == [4, 4]  # two nodes, two edges each, one operation an edge
     small = last.make(plan)
     images = DATA.image[DATA.central]
@@ -163,8 +147,8 @@ def test_after_the_last_event_soft_and_discrete_are_one_network(search):
 def test_without_terminal_only_the_threshold_prunes():
     last = phases("fedmetanas", terminal=False)[-1]
     algorithm = first_algorithm("fedmetanas")
-    plan, _ = last.enter(server_at(algorithm, last.start), masks.full_keep(2))
-    assert plan == masks.full_keep(2)  # logits of 1e-3 leave no weight below 1 %
+    plan, _ = plan_and_server(last, server_at(algorithm, last.start))
+    assert plan == FULL  # logits of 1e-3 leave no weight below 1 %
 
 
 @pytest.mark.parametrize(
@@ -192,7 +176,7 @@ def test_second_order_and_more_inner_steps_run_and_differ():
         step = make_round(algorithm, cohort_size=COHORT, at_once=1)
         state, metrics = step(init_state(algorithm, SEED, CLIENTS), DATA, jnp.int32(1))
         assert metrics["finite"].all()
-        losses.append(float(jnp.sum(jnp.abs(state.server_state.params["head_kernel"]))))
+        losses.append(float(jnp.sum(jnp.abs(state.server.params["head_kernel"]))))
         held = np.asarray(DATA.train_size)[np.asarray(metrics["client"][0])]
         np.testing.assert_array_equal(metrics["image_gradients"][0], (held // 8) * 4 * 3)
     assert losses[0] != losses[1]

@@ -20,7 +20,7 @@ LONGEST_FILE = 300
 # Imports go down only. Files of one folder may import each other, and so may single files of one floor;
 # folders of one floor are siblings that do not know each other. What is not named is at the top.
 FLOOR = {
-    "core": 0, "tree": 0, "topology": 0, "options": 0,
+    "core": 0, "tree": 0, "files": 0, "options": 0,
     "data": 1, "models": 1, "nas": 1,
     "local": 2, "maml": 2, "optimizers": 2,
     "engine": 3, "algorithms": 3,

@@ -119,6 +119,15 @@ def test_another_config_is_refused_with_the_fields_and_both_values(tmp_path):
     claim(tmp_path, CONFIG, pytest.fail).close()
 
 
+def test_what_says_how_a_run_is_run_may_change_and_is_said(tmp_path):
+    claim(tmp_path, CONFIG | {"block": 1}, pytest.fail, frozenset({"block"})).close()
+    said = []
+    claim(tmp_path, CONFIG | {"block": 4}, said.append, frozenset({"block"})).close()
+    assert said == ["goes on in another way than the run was begun: block was 1, is 4"]
+    with pytest.raises(WorkdirError, match="another config: seed was 0, is 1; go on"):
+        claim(tmp_path, CONFIG | {"seed": 1, "block": 4}, pytest.fail, frozenset({"block"}))
+
+
 def test_other_versions_are_said(tmp_path):
     claim(tmp_path, CONFIG, pytest.fail).close()
     path = tmp_path / "config.json"

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedmetanas_jax.core import Algorithm, FederatedData, Net, Reply
+from fedmetanas_jax.core import Algorithm, FederatedData, Net, Phase, Reply
+from fedmetanas_jax.engine import run as engine
+from fedmetanas_jax.engine.programs import Conduct
 from fedmetanas_jax.tree import lerp, sub, where
 
 CLASSES, PIXELS, MOMENTUM = 4, 64, 0.1
@@ -102,3 +104,26 @@ def make_data(clients=7, n=10, m=5, q=23, seed=0):
         test_size=jnp.asarray(rng.integers(1, m + 1, clients), jnp.int32),
         central=jnp.arange(60, pool, dtype=jnp.int32),
     )
+
+
+def run(phases: list[Phase], data: FederatedData, workdir, said: list, **changed) -> engine.Outcome | None:
+    """A run of a few rounds in `workdir`; records and what is said are appended to `said`."""
+    stop_after = changed.pop("stop_after", None)
+    conduct = Conduct(
+        rounds=4, seed=3, clients=7, cohort=5, batch=4, epochs=1, at_once=1, block=1, compile_ahead=0,
+        client_states="device", bn_eval="running", eval_batch=8, eval_every=0, adapt_every=0, final_adapt=False,
+        checkpoint_every=1,
+    )._replace(**changed)  # fmt: skip
+
+    class Show:
+        def __init__(self, *_):
+            self.say = self.round = said.append
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    workdir.mkdir(exist_ok=True)
+    return engine.run(phases, data, conduct, workdir=workdir, progress=Show, stop_after=stop_after)

@@ -1,0 +1,140 @@
+"""What a phase may be: fresh weights from a key, clients that start anew, a method without a global network."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import toy
+
+from fedmetanas_jax.build import one_phase
+from fedmetanas_jax.core import Array, Phase, Tree
+from fedmetanas_jax.engine.round import cohort, stream_key
+
+DATA = toy.make_data()
+
+
+def records(said: list) -> list[dict]:
+    return [x for x in said if isinstance(x, dict)]
+
+
+def without_the_clock(said: list) -> list[dict]:
+    clock = ("seconds", "compile_seconds", "compile_seconds_ahead", "event_stall_seconds")
+    return [{name: x for name, x in line.items() if name not in clock} for line in records(said)]
+
+
+def retraining() -> list[Phase]:
+    """Two rounds of the toy, then the same from fresh weights by clients that keep their last two numbers, not one."""
+
+    def keeps_more(plan):
+        def client_update(sent, own, data, key):
+            reply = toy.client_update(sent, {"turns": own["turns"], "noise": own["noise"][0]}, data, key)
+            return reply._replace(own=own | reply.own | {"noise": jnp.stack([reply.own["noise"], own["noise"][0]])})
+
+        def init(key):
+            server, own = toy.init(key)
+            return server, own | {"noise": jnp.full(2, 0.5)}
+
+        return toy.ALGORITHM._replace(init=init, client_update=client_update)
+
+    def fresh(server, plan, key):
+        return "second", toy.init(key)[0]._replace(round=server.round)
+
+    first = Phase(0, lambda server, plan, key: ("first", server), lambda plan: toy.ALGORITHM)
+    return [first, Phase(2, fresh, keeps_more, "retrain")]
+
+
+def test_a_phase_may_start_from_fresh_weights_and_clients_anew(tmp_path):
+    said: list = []
+    outcome = toy.run(retraining(), DATA, tmp_path / "run", said, rounds=2, stop_after=2)
+    outcome = toy.run(retraining(), DATA, tmp_path / "unbroken", said := [])
+    assert "what clients keep has another form from round 3 on: all start anew" in said
+    assert [line.get("event") for line in records(said)] == [None, "retrain", None, None]
+    turns = np.bincount(np.concatenate([cohort(3, r, 7, 5) for r in (2, 3)]), minlength=7)
+    np.testing.assert_array_equal(outcome.state.owns["turns"], turns)  # of the second phase alone
+    assert outcome.state.owns["noise"].shape == (7, 2)
+    assert outcome.plan == "second"
+    # The fresh weights are those of the phase's own key.
+    expected = toy.init(stream_key(3, "phase", 1))[0]
+    halfway: list = []
+    toy.run(retraining(), DATA, tmp_path / "half", halfway, stop_after=2)
+    from fedmetanas_jax.engine.checkpoint import Checkpoints
+
+    checkpoints = Checkpoints(tmp_path / "half" / "checkpoints")
+    like = jax.eval_shape(lambda: jax.tree.map(lambda x: x, outcome.state))
+    _, meta, state = checkpoints.restore_newest(lambda meta: like, print)
+    checkpoints.close()
+    assert (meta["phase"], meta["plan"]) == (1, "second")
+    jax.tree.map(np.testing.assert_array_equal, state.server.params, expected.params)
+    # And a run that was broken off there goes on as the unbroken one.
+    toy.run(retraining(), DATA, tmp_path / "half", halfway)
+    assert without_the_clock(halfway) == without_the_clock(said)
+
+
+class Policies(NamedTuple):
+    """A server that keeps something of every client's."""
+
+    round: Array
+    params: Tree
+    stats: Tree
+    policy: Array  # [clients, 2] logits of two rates
+
+
+def personal_policies():
+    """The toy with a learning rate drawn for every client from a policy of its own, which the server keeps and
+    moves by the reward that the client reports (REINFORCE): nothing of it is anybody else's."""
+
+    def init(key):
+        server, own = toy.init(key)
+        return Policies(*server, jnp.zeros((7, 2))), own
+
+    def send(server, client, key):
+        return toy.Server(*server[:3]), jax.random.categorical(key, server.policy[client])
+
+    def client_update(sent, own, data, key):
+        reply = toy.client_update(sent[0], own, data, key)
+        scale = jnp.where(sent[1] == 0, 1.0, 0.1)
+        change = jax.tree.map(lambda x: scale * x, reply.change)
+        return reply._replace(change=change, report={"drawn": sent[1], "reward": -reply.metrics["loss"]})
+
+    def server_update(server, merged):
+        drawn, reward = merged.report["drawn"], jnp.where(merged.weight > 0, merged.report["reward"], 0)
+        slope = reward[:, None] * (jax.nn.one_hot(drawn, 2) - jax.nn.softmax(server.policy[merged.client]))
+        after = toy.server_update(toy.Server(*server[:3]), merged)
+        return Policies(*after, server.policy.at[merged.client].add(slope))
+
+    return toy.ALGORITHM._replace(
+        init=init,
+        send=send,
+        client_update=client_update,
+        server_update=server_update,
+        personalize=lambda sent, *rest: toy.personalize(sent[0], *rest),
+        global_model=None,
+        report=lambda server: {"policy": jnp.mean(jnp.abs(server.policy))},
+    )
+
+
+def test_a_method_without_a_global_network_runs_to_its_end(tmp_path):
+    said: list = []
+    how = {"rounds": 2, "eval_every": 1, "final_adapt": True}
+    outcome = toy.run(one_phase(personal_policies()), DATA, tmp_path / "run", said, **how)
+    assert not any("server_accuracy" in name for name in outcome.summary)
+    assert outcome.summary["local_accuracy_adapted"]["mean"] > 0
+    asked = np.unique(np.concatenate([cohort(3, r, 7, 5) for r in (0, 1)]))
+    moved = np.flatnonzero(np.any(np.asarray(outcome.state.server.policy) != 0, axis=1))
+    np.testing.assert_array_equal(moved, asked)
+    # A number and a choice of each client's travel as well, and are counted.
+    assert records(said)[0]["bytes_up"] == 5 * (4 * (64 * 4 + 4 + 64) + 8)
+    assert records(said)[0]["bytes_down"] == 5 * (4 * (64 * 4 + 4 + 64) + 4 + 4)
+
+
+def test_an_event_without_a_global_network_has_no_accuracy(tmp_path):
+    method = personal_policies()
+    phases = [
+        *one_phase(method),
+        Phase(2, lambda server, plan, key: (None, server), lambda plan: method._replace(macs=1), "change"),
+    ]
+    said: list = []
+    toy.run(phases, DATA, tmp_path / "run", said, rounds=3, stop_after=2)
+    assert "change after round 2" in said
+    assert records(said)[1]["event_accuracy_before"] is None
