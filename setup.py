@@ -13,6 +13,7 @@ setup(
         "jax>=0.10.2",
         "flax>=0.12.8",
         "optax>=0.2.8",
+        "chex>=0.1.92",
         "orbax-checkpoint>=0.12.8",
         "numpy>=2.0",
         "absl-py>=2.5",
@@ -22,8 +23,6 @@ setup(
     extras_require={
         # Only for experiments/bench.py, experiments/oracle.py and tests/test_oracle.py, which skips without it.
         "bench": ["torch>=2.13"],
-        # Only for experiments/deviceless.py on a machine without a GPU: JAX's CUDA compiler.
-        "deviceless": ["jax[cuda13]>=0.10.2"],
         # Only to fetch cifar10, cifar100 and mnist; a cached DATA_DIR/<name>.npz needs none of it.
         "data": ["tensorflow-datasets>=4.9.10", "array_record>=0.8", "pillow>=11", "importlib_resources>=6"],
         "test": [

@@ -1,6 +1,9 @@
 """The documents: links lead somewhere, what the code refers to is there, and the README stays short."""
 
+import os
 import re
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -124,3 +127,13 @@ def test_a_broken_link_and_a_mention_are_found():
         "2 and 4", "6.2",
     ]  # fmt: skip
     assert [list(numbers(match)) for _, match in mentions(DECISION, "D-7, D-12 to D-14")] == [[7], [12, 13, 14]]
+
+
+def test_the_library_example_runs(tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    example = re.search(r"<!-- library example -->\n```python\n(.*?)```", readme, flags=re.S)[1]
+    assert len(example.splitlines()) <= 25
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 0.3 < float(done.stdout.removeprefix("accuracy ")) <= 1  # chance is 0.1

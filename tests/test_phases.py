@@ -5,10 +5,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import toy
 
 from fedmetanas_jax.build import one_phase
 from fedmetanas_jax.core import Array, Phase, Tree
+from fedmetanas_jax.engine.mesh import clients_mesh
 from fedmetanas_jax.engine.round import cohort, stream_key
 
 DATA = toy.make_data()
@@ -69,6 +71,18 @@ def test_a_phase_may_start_from_fresh_weights_and_clients_anew(tmp_path):
     # And a run that was broken off there goes on as the unbroken one.
     toy.run(retraining(), DATA, tmp_path / "half", halfway)
     assert without_the_clock(halfway) == without_the_clock(said)
+
+
+@pytest.mark.parametrize("places", [(None, 4), (4, None), (2, 4)])
+def test_a_run_goes_on_on_another_number_of_devices(tmp_path, places):
+    """What clients keep is saved once a client, so it is divided anew among the devices there are."""
+    whole = toy.run(one_phase(toy.ALGORITHM), DATA, tmp_path / "whole", [])
+    for devices, stop_after in zip(places, (2, None), strict=True):
+        mesh = None if devices is None else clients_mesh(devices)
+        outcome = toy.run(one_phase(toy.ALGORITHM), DATA, tmp_path / "run", [], mesh=mesh, stop_after=stop_after)
+    state = outcome.state._replace(owns=jax.tree.map(lambda x: x[:7], outcome.state.owns))
+    for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(whole.state), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
 class Policies(NamedTuple):

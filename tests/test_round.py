@@ -6,6 +6,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -237,17 +238,27 @@ def test_a_round_moves_nothing_between_host_and_device_and_compiles_once(data, b
 
 
 def test_a_block_traces_the_client_once(data):
-    traced = []
-
-    def client_update(*args):
-        traced.append(1)
-        return toy.client_update(*args)
-
+    chex.clear_trace_counter()
+    client_update = chex.assert_max_traces(toy.client_update, n=1)
     step = engine.make_round(
         toy.ALGORITHM._replace(client_update=client_update), cohort_size=2, at_once=1, block=3
     )
     step.lower(start(), data, jnp.int32(3))
-    assert len(traced) == 1
+    with pytest.raises(AssertionError, match="traced"):  # the counter counts
+        step.lower(start(), jax.tree.map(lambda x: x[:-1] if x.ndim == 4 else x, data), jnp.int32(3))
+
+
+def test_a_method_that_changes_its_form_is_told_at_the_door(data):
+    def weak(server, merged):
+        return toy.server_update(server, merged)._replace(round=server.round + 1.0)
+
+    def forgets(sent, own, rows, key):
+        return toy.client_update(sent, own, rows, key)._replace(own=())
+
+    wrong = {"changed the server": {"server_update": weak}, "changed own": {"client_update": forgets}}
+    for message, changed in wrong.items():
+        with pytest.raises(AssertionError, match=message):
+            run(data, algorithm=toy.ALGORITHM._replace(**changed))
 
 
 def test_a_client_that_is_not_finite_is_named(data):

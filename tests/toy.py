@@ -108,7 +108,7 @@ def make_data(clients=7, n=10, m=5, q=23, seed=0):
 
 def run(phases: list[Phase], data: FederatedData, workdir, said: list, **changed) -> engine.Outcome | None:
     """A run of a few rounds in `workdir`; records and what is said are appended to `said`."""
-    stop_after = changed.pop("stop_after", None)
+    how = {name: changed.pop(name, None) for name in ("stop_after", "mesh")}
     conduct = Conduct(
         rounds=4, seed=3, clients=7, cohort=5, batch=4, epochs=1, at_once=1, block=1, compile_ahead=0,
         client_states="device", bn_eval="running", eval_batch=8, eval_every=0, adapt_every=0, final_adapt=False,
@@ -126,4 +126,4 @@ def run(phases: list[Phase], data: FederatedData, workdir, said: list, **changed
             pass
 
     workdir.mkdir(exist_ok=True)
-    return engine.run(phases, data, conduct, workdir=workdir, progress=Show, stop_after=stop_after)
+    return engine.run(phases, data, conduct, workdir=workdir, progress=Show, **how)

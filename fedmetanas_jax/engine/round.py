@@ -9,6 +9,7 @@ every device of a mesh; what is divided is the cohort's work and where clients' 
 
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -172,7 +173,8 @@ def make_round(
     A mesh takes the changes in the cohort's order, as one device does, so it adds no rounding of its own.
     The same bits come out where the clients are worked on in the same groups (always for at_once=1).
     ValueError for a block below 1 and, at the first call, for a cohort or an `at_once` that cannot be and for
-    a name that two of the metrics use.
+    a name that two of the metrics use. AssertionError there for a method that changes structure, shapes or types of
+    its server or of what clients keep.
     """
     if block < 1:
         raise ValueError(f"block={block}: a dispatch runs at least 1 round")
@@ -194,6 +196,9 @@ def make_round(
         )
         taken = weight > 0
         moved = algorithm.server_update(server, Merged(change, chosen, weight, replies.report))
+        # A method that changes the form of what it keeps would fail far from where it does so.
+        chex.assert_trees_all_equal_shapes_and_dtypes(moved, server, custom_message="server_update changed the server")
+        chex.assert_trees_all_equal_shapes_and_dtypes(replies.own, before, custom_message="client_update changed own")
         server = tree.where(jnp.any(taken), moved, server._replace(round=moved.round))
         after = jax.vmap(tree.where)(taken, replies.own, before)
         if not hosted:
