@@ -11,7 +11,7 @@ from fedmetanas_jax.models.darts import darts_space, suited
 from fedmetanas_jax.models.plan import NONE, OPS, edge_ends, norm_names, op_shapes, stacked
 from fedmetanas_jax.models.scan import scanned_cell
 from fedmetanas_jax.models.side_by_side import unrolled_cell
-from fedmetanas_jax.models.space import groups_of
+from fedmetanas_jax.models.sources import groups_of
 from fedmetanas_jax.models.stages import at_slots, stages
 
 ALL = tuple(range(len(OPS)))
@@ -194,7 +194,11 @@ def conditionals(platform, way, plan=((ALL,) * 5,) * 2, dtype=jnp.float32):
     return {kind for branches, kind in cases if "}, {" in branches} - {"tensor<i32>"}
 
 
-@pytest.mark.parametrize("plan", [((ALL,) * 5,) * 2, (((SEP3,), (), (DIL3, MAX), (SKIP,), (SEP3,)),) * 2], ids=["full", "pruned"])
+FULL = ((ALL,) * 5,) * 2
+PRUNED = (((SEP3,), (), (DIL3, MAX), (SKIP,), (SEP3,)),) * 2
+
+
+@pytest.mark.parametrize("plan", [FULL, PRUNED], ids=["full", "pruned"])
 def test_gradient_lowers_for_cuda_without_conditionals(plan):
     """A conditional makes a GPU wait for the host: what a CPU needs to keep arrays apart must not reach it."""
     assert not conditionals("cuda", suited("gpu", plan[0]), plan, jnp.bfloat16)

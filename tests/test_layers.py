@@ -24,6 +24,11 @@ def double():
         yield
 
 
+def batch_norm(x):
+    """(y, mean, variance) in training mode."""
+    y, moments = batchnorm.norm(x, None)
+    return y, moments["mean"], moments["var"]
+
 
 def normal(seed, shape):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
@@ -194,33 +199,33 @@ def test_avg_pool_keeps_a_constant(dtype, stride):
 @pytest.mark.usefixtures("double")
 def test_batch_norm_and_its_gradients():
     x = 3 * normal(0, SHAPE) + 5
-    assert_same_layer(lambda x: batchnorm.batch_norm(x)[0], reference_batch_norm, (x,))
-    assert_same_second_derivative(lambda x: batchnorm.batch_norm(x)[0], reference_batch_norm, (x,))
+    assert_same_layer(lambda x: batch_norm(x)[0], reference_batch_norm, (x,))
+    assert_same_second_derivative(lambda x: batch_norm(x)[0], reference_batch_norm, (x,))
 
 
 @pytest.mark.usefixtures("double")
 def test_batch_norm_hands_out_unbiased_moments():
     x = normal(0, SHAPE)
-    _, mean, variance = batchnorm.batch_norm(x)
+    _, mean, variance = batch_norm(x)
     np.testing.assert_allclose(mean, np.mean(x, (1, 2, 3)), rtol=1e-12)
     np.testing.assert_allclose(variance, np.var(x, (1, 2, 3), ddof=1), rtol=1e-12)
 
 
 def test_batch_norm_by_hand():
     """0, 2, 4, 6: mean 3, squared deviations 9 + 1 + 1 + 9, so variance 5, unbiased 20/3."""
-    y, mean, variance = batchnorm.batch_norm(jnp.array([0.0, 2.0, 4.0, 6.0]).reshape(1, 2, 2, 1))
+    y, mean, variance = batch_norm(jnp.array([0.0, 2.0, 4.0, 6.0]).reshape(1, 2, 2, 1))
     np.testing.assert_allclose(y.ravel(), np.array([-3, -1, 1, 3]) / np.sqrt(5 + 1e-5), rtol=1e-6)
     np.testing.assert_allclose([mean[0], variance[0]], [3, 20 / 3], rtol=1e-6)
 
 
 def test_no_gradient_through_the_moments():
-    grad = jax.jit(jax.grad(lambda x: sum(m.sum() for m in batchnorm.batch_norm(x)[1:])))(normal(0, SHAPE))
+    grad = jax.jit(jax.grad(lambda x: sum(m.sum() for m in batch_norm(x)[1:])))(normal(0, SHAPE))
     np.testing.assert_array_equal(grad, 0)
 
 
 @jax.jit
 def value_and_vjp_of_norm(x):
-    out, pull = jax.vjp(batchnorm.batch_norm, x)
+    out, pull = jax.vjp(batch_norm, x)
     return out, pull(jax.tree.map(jnp.ones_like, out))
 
 
@@ -236,7 +241,7 @@ def test_batch_norm_of_a_constant_is_zero(shape):
 def test_batch_norm_far_from_zero():
     """Mean of squares minus square of mean would lose the variance here in float32."""
     spread = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
-    _, _, variance = batchnorm.batch_norm(jnp.asarray(spread) + 4096)
+    _, _, variance = batch_norm(jnp.asarray(spread) + 4096)
     np.testing.assert_allclose(variance, spread.var((1, 2, 3), ddof=1), rtol=1e-3)
 
 
@@ -244,7 +249,7 @@ def test_batch_norm_far_from_zero():
 def test_frozen_norm_with_the_batch_moments_is_batch_norm():
     x = normal(0, SHAPE)
     y = batchnorm.frozen_norm(x, jnp.mean(x, (1, 2, 3)), jnp.var(x, (1, 2, 3)))
-    np.testing.assert_allclose(y, batchnorm.batch_norm(x)[0], rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(y, batch_norm(x)[0], rtol=1e-9, atol=1e-12)
 
 
 def test_normalize_by_hand():
@@ -264,7 +269,7 @@ LAYERS = {
     "pointwise": (lambda x: layers.pointwise(x, jnp.full((4, 3), 0.3))),
     "max_pool": (lambda x: layers.max_pool(x, 2)),
     "avg_pool": (lambda x: layers.avg_pool(x, 2)),
-    "batch_norm": (lambda x: batchnorm.batch_norm(x)[0]),
+    "batch_norm": (lambda x: batch_norm(x)[0]),
     "frozen_norm": (lambda x: batchnorm.frozen_norm(x, jnp.full(3, 0.1), jnp.full(3, 2.0))),
 }
 
@@ -286,7 +291,7 @@ def test_bfloat16_stays_bfloat16(name):
 
 def test_moments_and_kernel_gradients_stay_float32():
     x = jnp.ones(SHAPE, jnp.bfloat16)
-    _, mean, variance = batchnorm.batch_norm(x)
+    _, mean, variance = batch_norm(x)
     assert mean.dtype == variance.dtype == jnp.float32
     kernel = jnp.ones((3, 3, 3), jnp.float32)
     grad = jax.jit(jax.grad(lambda kernel: layers.depthwise(x, kernel).astype(jnp.float32).sum()))(kernel)

@@ -12,7 +12,7 @@ import pytest
 from jax import lax
 
 from fedmetanas_jax.models import layers
-from fedmetanas_jax.models.mobilenetv3 import Block, Row, depthwise, mobilenetv3, squeezed
+from fedmetanas_jax.models.mobilenetv3 import Row, Variant, block, declared, depthwise, mobilenetv3, squeezed
 
 LAYOUT = ("CHWN", "OIHW", "CHWN")
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -178,12 +178,15 @@ def plain_block(row, params, x):
 def test_block_is_the_plain_formula(double, row):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(4, 8, 7, 3)))
-    block = Block(row)
-    shapes = jax.eval_shape(lambda: block.init(jax.random.key(0), x, False))
-    variables = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), shapes)
-    y, _ = jit(lambda v, x: block.apply(v, x, True, mutable=["batch_stats"]))(variables, x)
+    weights, norms = declared((8, 7, 3), 2, 1, Variant(stem=4, rows=(row,), last=2, hidden=2))
+    params: dict = {}
+    for path, weight in weights.items():
+        if path[0] == "block_00":
+            params.setdefault(path[1], {})[path[2]] = jnp.asarray(rng.normal(size=weight.shape))
+    no_stats = {path[1]: None for path in norms if path[0] == "block_00"}
+    y, _ = jit(lambda params, x: block(row, params, no_stats, x, True))(params, x)
     assert y.dtype == jnp.float64
-    np.testing.assert_allclose(y, jit(partial(plain_block, row))(variables["params"], x), atol=1e-11)
+    np.testing.assert_allclose(y, jit(partial(plain_block, row))(params, x), atol=1e-11)
 
 
 def test_training_returns_the_moments_of_the_batch(tiny):

@@ -250,7 +250,7 @@ def test_multiply_adds_by_hand():
 
 
 def test_counts_of_the_papers_size():
-    """C = 16, 15 cells: 10 C^2 weights an edge and cell; the blocks between have 56 and 224 times C^2, without norms."""
+    """C = 16, 15 cells: 10 C^2 weights an edge and cell; those between have 56 C^2 and 224 C^2."""
     net = nasbench201_space(shape=(32, 32, 3), classes=10, mean=(0.5,) * 3, std=(0.5,) * 3)
     params, stats = shapes(net.make(FULL))
     cells = 5 * 6 * 10 * 16**2 * (1 + 4 + 16)

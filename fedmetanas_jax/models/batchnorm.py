@@ -16,10 +16,8 @@ def wide(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def norm(
-    x: Array, given: dict | None, weight: Array | None = None, epsilon: float = BN_EPSILON
-) -> tuple[Array, dict]:
-    """Batch norm of x [C, H, W, N], times `weight` [], and the moments found, {"mean": [C], "var": [C]}.
+def norm(x: Array, given: dict | None, weight: Array | None = None, epsilon: float = BN_EPSILON) -> tuple[Array, dict]:
+    """Batch norm of x [C, H, W, N], times `weight` [], and the moments found, {"mean": [C], "var": [C]} float32.
 
     `given` are such moments to normalise by, and then none are found; where it is None the batch's own do.
     """
@@ -30,21 +28,13 @@ def norm(
     return (y if weight is None else weight.astype(y.dtype) * y), {}
 
 
-def batch_norm(x: Array, epsilon: float = BN_EPSILON) -> tuple[Array, Array, Array]:
-    """Normalises by the batch's own moments, no scale and shift (training mode).
-
-    x [C, H, W, N] -> (y [C, H, W, N], mean [C], variance [C]), moments in float32. The variance handed
-    out for the running average is the unbiased one, as in PyTorch. No gradient flows through the moments.
-    """
-    return weighted_norm(x, jnp.ones((), wide(x).dtype), epsilon)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def weighted_norm(x: Array, weight: Array, epsilon: float = BN_EPSILON) -> tuple[Array, Array, Array]:
-    """`batch_norm` with y times `weight` []: the last step of a candidate operation.
+    """(weight [] times x normalised by the batch's own moments, mean [C], variance [C]): training mode.
 
-    Its own gradient, because the weight's and the norm's need the same sum of g y over each channel, and
-    the mean of g, the same for all operations that end in one node, is then taken once.
+    The variance handed out for the running average is the unbiased one, as in PyTorch. No gradient flows through the
+    moments. The gradient is written by hand, because the weight's and the norm's need the same sum of g y over each
+    channel, and the mean of g, the same for all operations that end in one node, is then taken once.
     """
     return _weighted_norm_forward(x, weight, epsilon)[0]
 

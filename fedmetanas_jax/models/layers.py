@@ -204,40 +204,9 @@ def global_pool(x: Array) -> Array:
     return jnp.mean(wide(x), (1, 2))
 
 
-def _pool_count(size: int, stride: int) -> np.ndarray:
-    """How many of a 3-window's rows lie inside, for every output position."""
-    position = np.arange(0, size, stride)
-    return 3.0 - (position == 0) - (position == size - 1)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
 def avg_pool(x: Array, stride: int = 1) -> Array:
     """3x3 mean, padding 1, padding excluded from the count: a constant image stays constant."""
-    return _avg_pool(x, stride)
-
-
-@partial(jax.jit, static_argnums=1)
-def _avg_pool(x, stride):
-    out = tuple(-(-n // stride) for n in x.shape[1:3])
-    padded = lax.optimization_barrier(_pad(x, 1, 1))
-    ones = jnp.ones((x.shape[0], 9))
-    return (_weighted_taps(_taps(padded, 3, 1, stride, out), ones, range(9)) / _count(x, stride)).astype(x.dtype)
-
-
-def _count(x, stride):
-    rows, columns = (_pool_count(n, stride) for n in x.shape[1:3])
-    return jnp.asarray(rows[:, None] * columns[None, :], jnp.float32)[None, :, :, None]
-
-
-def _avg_pool_forward(x, stride):
-    return avg_pool(x, stride), x
-
-
-@partial(jax.jit, static_argnums=0)
-def _avg_pool_backward(stride, x, g):
-    spread = _spread((wide(g) / _count(x, stride)).astype(g.dtype), 3, 1, stride, 1, x.shape)
-    ones = jnp.ones((x.shape[0], 9))
-    return (_weighted_taps(_taps(spread, 3, 1, 1, x.shape[1:3]), ones, range(9)).astype(x.dtype),)
-
-
-avg_pool.defvjp(_avg_pool_forward, _avg_pool_backward)
+    position = [np.arange(0, size, stride) for size in x.shape[1:3]]
+    inside = [3.0 - (at == 0) - (at == n - 1) for at, n in zip(position, x.shape[1:3], strict=True)]
+    count = jnp.asarray(inside[0][:, None, None] * inside[1][:, None], jnp.float32)  # [H', W', 1]
+    return (wide(depthwise(x, jnp.ones((x.shape[0], 3, 3)), stride)) / count).astype(x.dtype)

@@ -14,9 +14,10 @@ import numpy as np
 from jax import lax
 
 from fedmetanas_jax.core import Array, Graph, SearchSpace, Supernet, Tree
-from fedmetanas_jax.models import batchnorm, layers, operations
+from fedmetanas_jax.models import batchnorm, layers
 from fedmetanas_jax.models.plan import CellPlan, Plan
-from fedmetanas_jax.models.space import groups_of, head, head_weights, kernel, search_space, supernet
+from fedmetanas_jax.models.sources import Source, sources, visit_all
+from fedmetanas_jax.models.space import head, head_weights, kernel, search_space, supernet
 
 OPS = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
 EDGES = tuple((i, j) for j in range(3) for i in range(j + 1))
@@ -31,35 +32,29 @@ def stacked(plan: CellPlan) -> dict[str, list[int]]:
 
 def cell(params: Tree, stats: Tree, x: Array, mix: Array, plan: CellPlan, train: bool) -> tuple[Array, Tree]:
     """x [C, H, W, N], mix [edges, ops] -> (the last node [C, H, W, N], moments of its batch norms)."""
-    stacks, kernels, found = stacked(plan), {}, []
-    rows = {op: [tuple(n for n, e in enumerate(stacks[op]) if EDGES[e][0] == i) for i in range(3)] for op in stacks}
-    for op in params:  # apart by source
-        here = [i for i in range(3) if rows[op][i]]
-        kernels[op] = dict(zip(here, groups_of(params[op]["kernel"], tuple(filter(None, rows[op]))), strict=True))
-    states = [x, *[jnp.zeros_like(x)] * 3]
-    for i in range(3):
-        x = states[i]
+    found, empty = sources(GRAPH, plan, lambda op, i: op in CONVOLUTIONS), [jnp.zeros_like(x)] * 3
+    nodes, moments = visit_all(found, stacked(plan), _visit, [x], empty, params, stats, mix, train)
+    return nodes[2], moments
 
-        def add(edges: list[int], terms) -> None:
-            for e, y in zip(edges, terms, strict=True):
-                states[EDGES[e][1] + 1] += y
 
-        for op in ("skip_connect", "avg_pool_3x3"):
-            k = OPS.index(op)
-            edges = [e for e, ops in enumerate(plan) if EDGES[e][0] == i and k in ops]
-            if edges:
-                y = x if op == "skip_connect" else layers.settled(layers.avg_pool(x))
-                add(edges, [mix[e, k].astype(y.dtype) * y for e in edges])
-        relu_x = lax.optimization_barrier(jax.nn.relu(x))
-        for op in (op for op in CONVOLUTIONS if rows[op][i]):
-            edges, weights = [stacks[op][n] for n in rows[op][i]], kernels[op][i]
-            z = CONVOLUTIONS[op](relu_x, weights.reshape(-1, *weights.shape[2:]))
-            given = None if train else jax.tree.map(lambda m, at=rows[op][i]: m[np.array(at)], stats[op]["norm"])
-            weight = mix[np.array(edges), OPS.index(op)]
-            y, moments = jax.vmap(batchnorm.norm)(z.reshape(*weights.shape[:2], *z.shape[1:]), given, weight)
-            add(edges, y)
-            found.append((op, np.array(edges), {"norm": moments}))
-    return states[3], operations.in_edge_order(found)
+def _visit(source: Source, x: Array, kernels: Tree, known: Tree | None, mix: Array) -> tuple[Array, Tree]:
+    """As `sources.visit_all` has it."""
+    parts: list[list[Array]] = [[] for _ in source.edges]
+    moments = {}
+    for op in source.shared:
+        y = x if op == "skip_connect" else layers.settled(layers.avg_pool(x))
+        for n in source.on[op]:
+            parts[n].append(mix[n, OPS.index(op)].astype(y.dtype) * y)
+    relu_x = lax.optimization_barrier(jax.nn.relu(x))
+    for op in source.own:
+        places, kernel = source.on[op], kernels[op]["kernel"]
+        z = CONVOLUTIONS[op](relu_x, kernel.reshape(-1, *kernel.shape[2:])).reshape(*kernel.shape[:2], *x.shape[1:])
+        given, weight = None if known is None else known[op]["norm"], mix[np.array(places), OPS.index(op)]
+        y, found = jax.vmap(batchnorm.norm)(z, given, weight)
+        moments[op] = {"norm": found}
+        for n, part in zip(places, y, strict=True):
+            parts[n].append(part)
+    return jnp.stack([sum(terms[1:], terms[0]) for terms in parts]), moments
 
 
 def halving(params: Tree, stats: Tree, x: Array, train: bool) -> tuple[Array, Tree]:

@@ -122,16 +122,3 @@ def _convolutions(name: str, stride: int, relu_x: Array, weights: dict, given: d
         return norm("norm", y, weight), found
     y = separable(jax.nn.relu(norm("norm", y)), "_2", 1, 1)
     return norm("norm_2", y, weight), found
-
-
-def in_edge_order(parts: list[tuple[str, np.ndarray, Tree]]) -> Tree:
-    """{op: {name: moments [edges, C]}} of a cell from (op, edges, moments of those edges), where any were found."""
-    found: dict = {}
-    for op, edges, moments in parts:
-        if jax.tree.leaves(moments):
-            found.setdefault(op, []).append((edges, moments))
-    joined = {}
-    for op, here in found.items():
-        order = np.argsort(np.concatenate([edges for edges, _ in here]))
-        joined[op] = jax.tree.map(lambda *m, order=order: jnp.concatenate(m)[order], *[moments for _, moments in here])
-    return joined

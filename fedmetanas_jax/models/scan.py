@@ -8,6 +8,8 @@ The gradient of that scan is written by hand. Automatic differentiation would ke
 every step. This one keeps the nodes once and computes each edge again on the way back.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -15,6 +17,7 @@ from jax import lax
 from fedmetanas_jax.core import Array, Tree
 from fedmetanas_jax.models import operations
 from fedmetanas_jax.models.plan import CellPlan, num_nodes, stack_rows
+from fedmetanas_jax.models.sources import in_edge_order
 from fedmetanas_jax.models.stages import Given, Stage, by_edge, lay_out, stages
 
 
@@ -38,7 +41,7 @@ def scanned_cell(
         given = lay_out(stage, rows, weights, stats, mix, train)
         state, moments = run_stage(stage, train, source, state, given)
         found += by_edge(stage, *moments)
-    return state[-nodes:], operations.in_edge_order(found)
+    return state[-nodes:], in_edge_order(found)
 
 
 def run_stage(stage: Stage, train: bool, source: Array | None, nodes: Array, given: Given) -> tuple[Array, Tree]:
@@ -47,41 +50,41 @@ def run_stage(stage: Stage, train: bool, source: Array | None, nodes: Array, giv
     source [inputs, C, H, W, N], or None where the sources are rows of `nodes` themselves. Returns
     (nodes, (moments of the operations without weights [sources, C], of the others [sources, slots, C])).
     """
-    full = bool((stage.slot >= 0).all())
     steps = stage.start, stage.reaches.any(1), stage.end, stage.alive
+    full = bool((stage.slot >= 0).all())
 
-    def shared(x, mix, stats, offers):
-        """What a source gives by operations without weights: [nodes, C, H', W', N] and their moments."""
-        return operations.weightless(stage.shared, stage.stride, x, None if train else stats, mix, offers)
-
-    def own(relu_x, weights, mix, stats, alive):
+    @partial(jax.checkpoint, prevent_cse=False)
+    def edge(relu_x, alive, given):
         """What one edge gives by operations with weights: [C, H', W', N], zeros for an empty slot; their moments."""
 
-        def run(relu_x, weights, mix):
-            stats_or_none = None if train else stats
-            return operations.weighted(stage.own, stage.stride, relu_x, weights, stats_or_none, mix, alive)
+        def run(relu_x, weights, mix, stats):
+            return operations.weighted(stage.own, stage.stride, relu_x, weights, None if train else stats, mix, alive)
 
-        return operations.where_alive(full, jnp.any(alive), run, relu_x, weights, mix)
+        return operations.where_alive(full, jnp.any(alive), run, relu_x, *given)
+
+    def leave(nodes, x, offers, ends, alive, given):
+        """`nodes` with what leaves one source x added, and the moments found."""
+        moments = [{}, {}]
+        if stage.shared:
+            stats = None if train else given.shared_stats
+            y, moments[0] = operations.weightless(stage.shared, stage.stride, x, stats, given.shared_mix, offers)
+            nodes = nodes.at[stage.first :].add(y)
+        relu_x = lax.optimization_barrier(jax.nn.relu(x))
+
+        def send(nodes, slot):
+            end, alive, *given = slot
+            y, moments = edge(relu_x, alive, given)
+            return nodes.at[end].add(y), moments
+
+        if stage.own:
+            nodes, moments[1] = lax.scan(send, nodes, (ends, alive, given.weights, given.mix, given.stats))
+        return nodes, tuple(moments)
 
     @jax.custom_vjp
     def run(source, nodes, given):
         def visit(nodes, step):
-            start, offers, ends, alive, given = step
-            x = (nodes if source is None else source)[start]
-            moments = [{}, {}]
-            if stage.shared:
-                y, moments[0] = shared(x, given.shared_mix, given.shared_stats, offers)
-                nodes = nodes.at[stage.first :].add(y)
-            relu_x = lax.optimization_barrier(jax.nn.relu(x))
-
-            def send(nodes, slot):
-                end, alive, weights, mix, stats = slot
-                y, moments = own(relu_x, weights, mix, stats, alive)
-                return nodes.at[end].add(y), moments
-
-            if stage.own:
-                nodes, moments[1] = lax.scan(send, nodes, (ends, alive, given.weights, given.mix, given.stats))
-            return nodes, tuple(moments)
+            start, *step = step
+            return leave(nodes, (nodes if source is None else source)[start], *step)
 
         return lax.scan(visit, nodes, (*steps, given))
 
@@ -91,45 +94,22 @@ def run_stage(stage: Stage, train: bool, source: Array | None, nodes: Array, giv
 
     def backward(saved, cotangents):
         source, nodes, given = saved
-        # The moments feed running averages alone, which no gradient passes.
-        grads = cotangents[0], None if source is None else jnp.zeros_like(source)
 
         def visit(grads, step):
-            start, offers, ends, alive, given = step
             g_nodes, g_source = grads
+            start, *fixed, given = step
             x = (nodes if source is None else source)[start]
-            g_x, g_shared_mix, g_own = jnp.zeros_like(x), jnp.zeros_like(given.shared_mix), None
-            if stage.shared:
-                again = lambda x, mix: shared(x, mix, given.shared_stats, offers)  # noqa: E731
-                g_x, g_shared_mix = _pulled(again, g_nodes[stage.first :], x, given.shared_mix)
-            relu_x = lax.optimization_barrier(jax.nn.relu(x))
-
-            def send(g_relu, slot):
-                end, alive, weights, mix, stats = slot
-                again = lambda *trained: own(*trained, stats, alive)  # noqa: E731
-                g, *g_own = _pulled(again, g_nodes[end], relu_x, weights, mix)
-                return g_relu + g, g_own
-
-            if stage.own:
-                slots = ends, alive, given.weights, given.mix, given.stats
-                g_relu, g_own = lax.scan(send, jnp.zeros_like(x), slots, reverse=True)
-                g_x = g_x + jnp.where(x > 0, g_relu, 0)
-            g_weights, g_mix = g_own or (given.weights, jnp.zeros_like(given.mix))
+            pull = jax.vjp(lambda x, given: leave(nodes, x, *fixed, given), x, given, has_aux=True)[1]
+            g_x, g_given = pull(g_nodes)
             if source is None:
-                g_nodes = g_nodes.at[start].add(g_x)
-            else:
-                g_source = g_source.at[start].add(g_x)
-            return (g_nodes, g_source), (g_shared_mix, g_mix, g_weights)
+                return (g_nodes.at[start].add(g_x), None), g_given
+            return (g_nodes, g_source.at[start].add(g_x)), g_given
 
-        # Sources backwards: a node's gradient is complete before the edges that end in it are visited.
+        # Sources backwards: a node's gradient is complete before the edges that end in it are visited. The moments
+        # feed running averages alone, which no gradient passes.
+        grads = cotangents[0], None if source is None else jnp.zeros_like(source)
         (g_nodes, g_source), g_given = lax.scan(visit, grads, (*steps, given), reverse=True)
-        no_stats = jax.tree.map(jnp.zeros_like, (given.shared_stats, given.stats))
-        return g_source, g_nodes, Given(*g_given, *no_stats)
+        return g_source, g_nodes, g_given
 
     run.defvjp(forward, backward)
     return run(source, nodes, given)
-
-
-def _pulled(function, g: Array, *arguments) -> tuple:
-    """Gradients by the arguments of function(*arguments) -> (y, moments), where y's is g."""
-    return jax.vjp(function, *arguments, has_aux=True)[1](g)

@@ -70,16 +70,3 @@ def search_space(graph: Graph, make: Callable, stacks: Callable) -> SearchSpace:
         return Model(net.init, apply, net.momentum, net.macs, head=("head_bias", "head_kernel"))
 
     return SearchSpace(graph, lambda plan: make(hashable(plan)), carry_over, derive)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def groups_of(x: Array, groups: tuple[tuple[int, ...], ...]) -> tuple[Array, ...]:
-    """The rows of x, each in one group. Its gradient is a selection, where the automatic one would be scatters."""
-    return tuple(x[np.array(rows)] for rows in groups)
-
-
-def _groups_backward(groups, _, grads):
-    return (jnp.concatenate(grads)[np.argsort(np.concatenate(groups))],)
-
-
-groups_of.defvjp(lambda x, groups: (groups_of(x, groups), None), _groups_backward)

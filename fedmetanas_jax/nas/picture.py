@@ -65,9 +65,7 @@ def _draw_cell(axes, graph: Graph, cell: Cell) -> None:
 
 def _arrow(axes, start, end, **line) -> None:
     gap = 72 * RADIUS
-    axes.add_patch(
-        FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=11, shrinkA=gap, shrinkB=gap, **line)
-    )
+    axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=11, shrinkA=gap, shrinkB=gap, **line))
 
 
 def _arrows(graph: Graph, cell: Cell) -> list[tuple[str, int, int]]:
