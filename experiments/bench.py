@@ -6,123 +6,87 @@
 
 Leaves results/bench-<hardware>.json and .md, added to after every case. What is already there with the same
 versions of everything is not timed again, so a variant that ran out of time is later timed without the others. What
-fails is recorded with its reason.
-
-Exit status: 0 done, also if time ran out before the last case, 1 a case failed in all its variants or the run could
-not go on, 2 the request made no sense, 130 interrupted.
+fails is recorded with its reason. Exit status as of main.py; 0 also where time ran out before the last case, 1 where a
+case failed in all its variants.
 """
 
+import re
 import shlex
 import sys
 import time
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
-from absl import flags
-from timing import alternate, results
+import command
+from command import Flag
+from timing import results
 from timing.cases import SWEEPS
+from timing.workers import Worker, WorkerError, measure
+
+from fedmetanas_jax.options import UsageError
 
 MINUTES = {"quick": 5.0, "gpu": 9.0, "tiny": 5.0}
 ENDING = 15  # seconds kept back for the last report and writing
+FLAGS = {
+    "quick": Flag(bool, False, "a step of the paper's supernet and a small round: for a CPU"),
+    "gpu": Flag(bool, False, "the full sweep, for a GPU"),
+    "tiny": Flag(bool, False, "seconds: shows that everything works, and times nothing worth knowing"),
+    "list": Flag(bool, False, "show the cases of every sweep"),
+    "only": Flag(str, None, "cases whose name holds this text alone"),
+    "minutes": Flag(float, None, "to end within; default 5, with --gpu 9"),
+    "seed": Flag(int, 1, "of weights, images, batches and noise", least=0),
+    "repeats": Flag(int, None, "timings of each variant", least=1),
+    "out": Flag(str, None, "the JSON file; default results/bench-<hardware>.json"),
+    "help": command.HELP,
+}
+say = partial(print, flush=True)
 
 
-class UsageError(ValueError):
-    """A request that makes no sense; the message is one line."""
-
-
-class Parsed(NamedTuple):
-    """What a command line asks for."""
-
-    show: str  # "run", "list" or "help"
-    sweep: str
-    only: str
-    minutes: float
-    seed: int
-    out: Path | None
-    repeats: int | None
-    command: str
-
-
-def _flags() -> flags.FlagValues:
-    values = flags.FlagValues()
-    for name, text in (
-        ("quick", "a step of the paper's supernet and a small round: for a CPU"),
-        ("gpu", "the full sweep, for a GPU"),
-        ("tiny", "seconds: shows that everything works, and times nothing worth knowing"),
-        ("list", "show the cases of every sweep"),
-        ("help", "show this"),
-    ):
-        flags.DEFINE_bool(name, False, text, flag_values=values)
-    flags.DEFINE_string("only", "", "cases whose name holds this text alone", flag_values=values)
-    flags.DEFINE_float("minutes", None, "to end within; default 5, with --gpu 9", flag_values=values)
-    flags.DEFINE_integer("seed", 1, "of weights, images, batches and noise", lower_bound=0, flag_values=values)
-    flags.DEFINE_integer("repeats", None, "timings of each variant", lower_bound=1, flag_values=values)
-    flags.DEFINE_string("out", None, "the JSON file; default results/bench-<hardware>.json", flag_values=values)
-    return values
-
-
-def parse(argv: list[str]) -> Parsed:
-    """The command line as values; argv[0] is the program. UsageError if it asks for what is not there."""
-    values = _flags()
-    try:
-        positional = values(argv)[1:]
-    except flags.Error as error:
-        raise UsageError(" ".join(str(error).split())) from None
-    if positional:
-        raise UsageError(f"unexpected argument '{positional[0]}'; every argument is a --flag=value")
-    show = "help" if values.help else "list" if values.list else "run"
-    chosen = [name for name in SWEEPS if values[name].value]
-    if show == "run" and len(chosen) != 1:
+def parse(argv: list[str]) -> dict:
+    """FLAGS as values, with "cases" and the "command"; argv[0] is the program. UsageError for what makes no sense."""
+    asked = command.read(argv, FLAGS) | {"command": shlex.join(["python", "experiments/bench.py", *argv[1:]])}
+    if asked["help"] or asked["list"]:
+        return asked
+    chosen = [name for name in SWEEPS if asked[name]]
+    if len(chosen) != 1:
         raise UsageError("choose one of --quick, --gpu and --tiny")
-    sweep = chosen[0] if chosen else "quick"
-    minutes = MINUTES[sweep] if values.minutes is None else values.minutes
-    if not 0 < minutes < float("inf"):
-        raise UsageError(f"minutes is {minutes}; it must be positive")
-    if show == "run" and not any(values.only in case.name for case in SWEEPS[sweep]()):
-        names = ", ".join(case.name for case in SWEEPS[sweep]())
-        raise UsageError(f"no case of --{sweep} has '{values.only}' in its name; there are: {names}")
-    out = None if values.out is None else Path(values.out)
-    if out is not None and out.suffix != ".json":
-        raise UsageError(f"out is '{out}'; its name must end in .json")
-    command = shlex.join(["python", "experiments/bench.py", *argv[1:]])
-    return Parsed(show, sweep, values.only, minutes, values.seed, out, values.repeats, command)
+    every = SWEEPS[chosen[0]]()
+    asked["cases"] = [case for case in every if (asked["only"] or "") in case.name]
+    if not asked["cases"]:
+        names = ", ".join(case.name for case in every)
+        raise UsageError(f"no case of --{chosen[0]} has '{asked['only']}' in its name; there are: {names}")
+    if asked["minutes"] is None:
+        asked["minutes"] = MINUTES[chosen[0]]
+    if not 0 < asked["minutes"] < float("inf"):
+        raise UsageError(f"minutes is {asked['minutes']:g}; it must be positive")
+    if asked["out"] is not None and not asked["out"].endswith(".json"):
+        raise UsageError(f"out is '{asked['out']}'; its name must end in .json")
+    return asked
 
 
-def run(asked: Parsed, start=alternate.Worker) -> int:
-    """Times what is asked for and not yet known -> the exit status."""
-    end = time.monotonic() + 60 * asked.minutes - ENDING
+def run(asked: dict, start=Worker) -> None:
+    """Times what is asked for and not yet known. WorkerError where all variants of a case fail."""
+    end = time.monotonic() + 60 * asked["minutes"] - ENDING
 
     def left() -> float:
         return end - time.monotonic()
 
-    def say(text: str) -> None:
-        print(text, flush=True)
-
-    descriptions = {}
+    versions = {"source": results.digest()}
     for side in ("ours", "torch"):
         with start(side) as worker:
-            descriptions[side] = worker.ask({"do": "describe"}, left())
-    ours = descriptions["ours"]
-    if asked.sweep == "gpu" and ours["platform"] == "cpu":
+            versions |= worker.ask(left(), "describe")
+    if asked["gpu"] and versions["backend"] == "cpu":
         raise UsageError("--gpu wants an accelerator, but JAX has found the CPU alone; see --quick")
-    machine = results.hardware(ours)
-    path = asked.out or Path("results") / f"bench-{results.slug(machine)}.json"
+    machine = results.hardware(versions)
+    slug = re.sub("[^a-z0-9]+", "-", machine.lower()).strip("-")
+    path = Path(asked["out"] or f"results/bench-{slug}.json")
     document = results.load(path, machine)
-    now = results.versions()
-    facts = {
-        "versions": now,
-        "command": asked.command,
-        "seed": asked.seed,
-        "copy_bytes_per_second": ours["copy_bytes_per_second"],
-        "described": descriptions,
-    }
-    say(f"{machine}: copies at {ours['copy_bytes_per_second'] / 1e9:.1f} GB/s")
+    facts = {"versions": versions, "command": asked["command"], "seed": asked["seed"]}
+    say(machine)
     failed, unfinished = [], []
-    for case in SWEEPS[asked.sweep]():
-        if asked.only not in case.name:
-            continue
-        case = case if asked.repeats is None else case._replace(repeats=asked.repeats)
-        case = case._replace(variants=results.open_variants(document, case, now, left()))
+    for case in asked["cases"]:
+        case = case._replace(repeats=asked["repeats"] or case.repeats)
+        case = case._replace(variants=results.open_variants(document, case, versions, left()))
         if not case.variants:
             say(f"{case.name}: already there")
             continue
@@ -130,7 +94,7 @@ def run(asked: Parsed, start=alternate.Worker) -> int:
             unfinished.append(case.name)
             continue
         say(f"{case.name}: {left():.0f} s left")
-        found = alternate.measure(case, asked.seed, left, say, start)
+        found = measure(case, asked["seed"], left, say, start)
         for variant, result in zip(case.variants, found, strict=True):
             results.put(document, case, variant, result, facts)
             if result["status"] != "done":
@@ -143,43 +107,25 @@ def run(asked: Parsed, start=alternate.Worker) -> int:
     if unfinished:
         say(f"left for another call of the same command: {', '.join(unfinished)}")
     if failed:
-        raise alternate.WorkerError(f"no variant could be timed of: {', '.join(failed)}")
-    return 0
-
-
-def list_text() -> str:
-    """The sweeps with their cases and variants."""
-    lines = []
-    for name, cases in SWEEPS.items():
-        lines.append(f"--{name}, {MINUTES[name]:.0f} minutes:")
-        for case in cases():
-            lines.append(f"  {case.name}: {'; '.join(variant.label for variant in case.variants)}")
-    return "\n".join(lines)
+        raise WorkerError(f"no variant could be timed of: {', '.join(failed)}")
 
 
 def main(argv: list[str]) -> int:
-    """argv (argv[0] is the program) -> the exit status; nothing a user can cause ends in a traceback."""
-    try:
+    """argv (argv[0] is the program) -> the exit status."""
+
+    def answer() -> None:
         asked = parse(argv)
-        if asked.show == "help":
-            values = _flags()
-            print(__doc__.strip(), *(f"  --{name:<8} {values[name].help}" for name in values), sep="\n")
-        elif asked.show == "list":
-            print(list_text())
+        if asked["help"]:
+            say(command.help_text(__doc__, FLAGS))
+        elif asked["list"]:
+            for name, cases in SWEEPS.items():
+                say(f"--{name}, {MINUTES[name]:.0f} minutes:")
+                for case in cases():
+                    say(f"  {case.name}: {'; '.join(variant.label for variant in case.variants)}")
         else:
-            return run(asked)
-    except UsageError as error:
-        return _fail(error, 2)
-    except (alternate.WorkerError, results.ResultsError, OSError) as error:
-        return _fail(error, 1)
-    except KeyboardInterrupt:
-        return 130
-    return 0
+            run(asked)
 
-
-def _fail(error: Exception, status: int) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return status
+    return command.exit_status(answer, lambda: (WorkerError, OSError))
 
 
 if __name__ == "__main__":

@@ -14,13 +14,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from absl import flags
+import command
+from command import Flag, written
 
 from fedmetanas_jax.config import TASKS, Config, validate
-from fedmetanas_jax.options import UsageError, nearest, option_types, parse_options, parse_value, wanted
+from fedmetanas_jax.options import UsageError, nearest, option_types, parse_options, wanted
 
-DEFAULT_TASK = "digits_dir01"
+FLAGS = {
+    "config": Flag(str, "digits_dir01", "the task to start from"),
+    "workdir": Flag(str, None, "where the run leaves its files and is resumed from; default runs/TASK-METHOD"),
+    "data_dir": Flag(str, None, "where NAME.npz are; else $FEDMETANAS_DATA, else ~/.cache/fedmetanas_jax/data"),
+    "stop_after": Flag(int, None, "pause after this many more rounds; the same command without it goes on", least=1),
+    "list": Flag(bool, False, "show the tasks, and the methods with their options"),
+    "help": command.HELP,
+}
 FIELDS = {field.name: field for field in dataclasses.fields(Config) if field.name != "options"}
+FIELD_FLAGS = {f"config.{name}": Flag(field.type, ..., field.metadata["help"]) for name, field in FIELDS.items()}
+OPTIONS = {"config.options.NAME": Flag(str, ..., "the method's own knobs; --list shows them")}  # stands for them all
 
 
 class Parsed(NamedTuple):
@@ -33,112 +43,29 @@ class Parsed(NamedTuple):
     data_dir: str | None  # None = where the data package looks by itself
     stop_after: int | None  # rounds of this invocation, None = to the end
     command: str  # the line that goes on with the run
+    values: dict[str, Any]  # of every flag but the fields
 
 
-def parse(argv: list[str]) -> Parsed:
+def parse(argv: list[str], own: dict[str, Flag] = FLAGS) -> Parsed:
     """The command line as values; argv[0] is the program. UsageError if it asks for what is not there.
 
-    jax is imported only once everything else was found good, to read the method's options.
+    own: the flags beside the fields of a task, for a script whose flags are not those of FLAGS ("stop_after" may be
+    missing). jax is imported only once everything else was found good, to read the method's options.
     """
-    options, rest = _take(argv, "config.options.")
-    values = _flags()
-    try:
-        positional = values(rest)[1:]
-    except flags.UnrecognizedFlagError as error:
-        raise UsageError(_unknown_flag(error.flagname, values)) from None
-    except (flags.Error, ValueError) as error:
-        raise UsageError(str(error)) from None
-    if positional:
-        raise UsageError(f"unexpected argument '{positional[0]}'; every argument is a --flag=value")
-
-    task = values["config"].value
+    options, rest = command.take(argv, "config.options.")
+    values = command.read(rest, own | FIELD_FLAGS | OPTIONS)
+    fields = {name: values.pop(f"config.{name}") for name in FIELDS if f"config.{name}" in values}
+    task = values["config"]
     if task not in TASKS:
         raise UsageError(nearest("task", task, TASKS))
-    config = _override(TASKS[task](), values)
-    stop_after = _stop_after(values["stop_after"].value)
-    show = "help" if values["help"].value else "list" if values["list"].value else "run"
+    config = dataclasses.replace(TASKS[task](), **fields)
+    show = "help" if values["help"] else "list" if values["list"] else "run"
     if show == "run":
         validate(config)
         config = _with_options(config, TASKS[task]().method, options)
-    return Parsed(
-        show=show,
-        task=task,
-        config=config,
-        workdir=Path(values["workdir"].value or f"runs/{task}-{config.method}").expanduser(),
-        data_dir=values["data_dir"].value,
-        stop_after=stop_after,
-        command=shlex.join([sys.orig_argv[0], *_take(argv, "stop_after")[1]]),
-    )
-
-
-def _stop_after(text: str | None) -> int | None:
-    if text is None:
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"stop_after: '{text}' is not a whole number of at least 1")
-    return int(text)
-
-
-def _flags() -> flags.FlagValues:
-    values = flags.FlagValues()
-    for name, field in FIELDS.items():
-        flags.DEFINE_string(f"config.{name}", None, field.metadata["help"], flag_values=values)
-        values[f"config.{name}"].boolean = field.type is bool  # --config.NAME, --noconfig.NAME
-    for name, default, text in (
-        ("config", DEFAULT_TASK, f"the task to start from; default {DEFAULT_TASK}"),
-        ("workdir", None, "where the run leaves its files and is resumed from; default runs/TASK-METHOD"),
-        ("data_dir", None, "where data sets lie as NAME.npz; else $FEDMETANAS_DATA, else ~/.cache/fedmetanas_jax/data"),
-        ("stop_after", None, "pause after this many more rounds; the same command without it goes on"),
-    ):
-        flags.DEFINE_string(name, default, text, flag_values=values)
-    flags.DEFINE_bool("list", False, "show the tasks, and the methods with their options", flag_values=values)
-    flags.DEFINE_bool("help", False, "show this", flag_values=values)
-    return values
-
-
-def _take(argv: list[str], prefix: str) -> tuple[dict[str, str], list[str]]:
-    """Takes --PREFIXname=value and --PREFIXname value out of argv -> ({name: value}, what is left).
-
-    absl must know its flags beforehand, and which options there are depends on the method.
-    """
-    taken, rest, remaining = {}, [], iter(argv)
-    for argument in remaining:
-        flag, equals, text = argument.lstrip("-").partition("=")
-        if not argument.startswith("-") or not flag.startswith(prefix):
-            rest.append(argument)
-            continue
-        if not equals:
-            text = next(remaining, "--")
-            if text.startswith("--"):
-                raise UsageError(f"--{flag} needs a value: --{flag}=VALUE")
-        taken[flag.removeprefix(prefix)] = text
-    return taken, rest
-
-
-def _unknown_flag(name: str, values: flags.FlagValues) -> str:
-    if name.startswith("config."):
-        return nearest("config field", name.removeprefix("config."), [*FIELDS, "options.NAME"])
-    return nearest("flag", name, [flag for flag in values if not flag.startswith("config.")])
-
-
-def own_flags(own: flags.FlagValues, argv: list[str]) -> list[str]:
-    """Reads another script's `own` flags -> what is left of argv, for `parse`. UsageError for one without a value."""
-    try:
-        return own(argv, known_only=True)[1:]
-    except flags.Error as error:
-        raise UsageError(str(error)) from None
-
-
-def _override(config: Config, values: flags.FlagValues) -> Config:
-    changed = {}
-    for name, field in FIELDS.items():
-        flag = values[f"config.{name}"]
-        if flag.present:
-            try:
-                changed[name] = parse_value(flag.value, field.type)
-            except UsageError as error:
-                raise UsageError(f"config.{name}: {error}") from None
-    return dataclasses.replace(config, **changed)
+    workdir = Path(values["workdir"] or f"runs/{task}-{config.method}").expanduser()
+    go_on = shlex.join([sys.orig_argv[0], *command.take(argv, "stop_after")[1]])
+    return Parsed(show, task, config, workdir, values["data_dir"], values.get("stop_after"), go_on, values)
 
 
 def _with_options(config: Config, task_method: str, texts: dict[str, str]) -> Config:
@@ -156,17 +83,14 @@ def _with_options(config: Config, task_method: str, texts: dict[str, str]) -> Co
     return dataclasses.replace(config, options=defaults | from_task | parse_options(factory, texts))
 
 
-def help_text(task: str, config: Config) -> str:
+def help_text(asked: Parsed, about: str = __doc__, own: dict[str, Flag] = FLAGS) -> str:
     """Every flag with its help; the values shown are those of the chosen task and its overrides."""
-    values = _flags()
-    lines = [__doc__.strip(), "", "Flags:"]
-    lines += [f"  --{name:<12} {values[name].help}" for name in values if not name.startswith("config.")]
-    lines += ["", f"Fields of a task, with their values in {task}:"]
+    lines = [command.help_text(about, own), "", f"Fields of a task, with their values in {asked.task}:"]
     for name, field in FIELDS.items():
         choices = f" ({wanted(field.type)})" if typing.get_origin(field.type) is Literal else ""
-        assignment = f"{name}={_text(getattr(config, name))}"
+        assignment = f"{name}={written(getattr(asked.config, name))}"
         lines.append(f"  --config.{assignment:<26} {field.metadata['help']}{choices}")
-    lines.append(f"  --config.{'options.NAME=VALUE':<26} the method's own knobs; --list shows them")
+    lines += [f"  --{f'{name}=VALUE':<33} {flag.help}" for name, flag in OPTIONS.items()]
     return "\n".join(lines)
 
 
@@ -181,7 +105,7 @@ def list_text() -> str:
         lines.append(f"  {name:<16} {_docstring(factory)[0]}")
         lines += [f"{'':<18} {line}" for line in _docstring(factory) if line.startswith("Paper: ")]
         for option, (kind, default) in option_types(factory).items():
-            lines.append(f"{'':<20} {option}={_text(default)} ({wanted(kind)})")
+            lines.append(f"{'':<20} {option}={written(default)} ({wanted(kind)})")
     return "\n".join(lines)
 
 
@@ -189,42 +113,11 @@ def _docstring(thing: Callable) -> list[str]:
     return inspect.getdoc(thing).splitlines()
 
 
-def _text(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
+def failures() -> tuple:
+    """What a run can fail of; loads jax."""
+    from fedmetanas_jax.build import FAILURES
 
-
-def run(asked: Parsed) -> None:
-    """The run itself."""
-    from fedmetanas_jax import build
-
-    print(f"{asked.task} with {asked.config.method} in {asked.workdir}", flush=True)
-    build.run(
-        asked.config,
-        task=asked.task,
-        workdir=asked.workdir,
-        data_dir=asked.data_dir,
-        stop_after=asked.stop_after,
-        command=asked.command,
-    )
-
-
-def exit_status(action: Callable[[], None]) -> int:
-    """Does it -> the exit status; what a user can cause is one line of text, and no traceback."""
-    try:
-        action()
-    except KeyboardInterrupt:  # the engine has saved, and said how to go on
-        return 130
-    except Exception as error:
-        if not isinstance(error, UsageError):
-            from fedmetanas_jax.build import FAILURES  # here, so that a mistyped name does not wait for jax
-
-            if not isinstance(error, FAILURES):
-                raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    return 0
+    return FAILURES
 
 
 def main(argv: list[str]) -> int:
@@ -232,12 +125,16 @@ def main(argv: list[str]) -> int:
 
     def answer() -> None:
         asked = parse(argv)
-        if asked.show == "run":
-            run(asked)
-        else:
-            print(help_text(asked.task, asked.config) if asked.show == "help" else list_text())
+        if asked.show != "run":
+            print(help_text(asked) if asked.show == "help" else list_text())
+            return
+        from fedmetanas_jax import build
 
-    return exit_status(answer)
+        print(f"{asked.task} with {asked.config.method} in {asked.workdir}", flush=True)
+        names = ("task", "workdir", "data_dir", "stop_after", "command")
+        build.run(asked.config, **{name: getattr(asked, name) for name in names})
+
+    return command.exit_status(answer, failures)
 
 
 if __name__ == "__main__":

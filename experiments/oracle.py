@@ -1,7 +1,7 @@
 """The JAX client against the PyTorch one at any size, by hand: prints the largest differences.
 
-    python experiments/oracle.py            # C=8, 3 cells, 2 nodes, batch 8; MobileNetV3 tiny
-    python experiments/oracle.py --full     # C=16, 8 cells, 4 nodes, batch 8; MobileNetV3-Large
+    python experiments/oracle.py            # C=8, 3 cells, 2 nodes, batch 8
+    python experiments/oracle.py --full     # C=16, 8 cells, 4 nodes, batch 8
     python experiments/oracle.py --double   # float64 on both sides
 
 Both sides get the same weights, logits, statistics, batches and Gumbel noise; images are CIFAR-10's where
@@ -20,29 +20,36 @@ Exit status: 0 all shares are below --most or below ten times PyTorch's own, 1 o
 
 import sys
 
+import command
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
-from absl import flags
-from torch_bench import client, convert, draws
-from torch_bench.mobilenetv3 import MobileNetV3
-from torch_bench.relaxation import mix
-from torch_bench.supernet import Supernet
+from command import Flag
+from torch_bench import convert, rounds
+from torch_bench.supernet import Supernet, mix
 
+from fedmetanas_jax import tree
 from fedmetanas_jax.algorithms.fedmetanas import fedmetanas
 from fedmetanas_jax.core import Alpha, Examples, Setting
 from fedmetanas_jax.data import sources
 from fedmetanas_jax.models.darts import darts_space
-from fedmetanas_jax.models.mobilenetv3 import mobilenetv3
 from fedmetanas_jax.nas import mask as masks
 from fedmetanas_jax.nas import relax
 
 SHAPE, CLASSES = (32, 32, 3), 10
-MEAN, STD = sources.OFFICIAL["cifar10"].mean, sources.OFFICIAL["cifar10"].std
+PIXELS = {"mean": sources.OFFICIAL["cifar10"].mean, "std": sources.OFFICIAL["cifar10"].std}
 ROUNDING = 6e-8  # of float32, as a share
 ROUND, ROUNDS = 100, 1000  # past the warm-up, so that the logits move
+FLAGS = {
+    "full": Flag(bool, False, "the paper's sizes"),
+    "double": Flag(bool, False, "float64"),
+    "M": Flag(int, 1, "inner steps of the client round", least=0),
+    "batch": Flag(int, 8, "images in a batch", least=2),
+    "most": Flag(float, 1e-2, "largest share that is let pass", least=0),
+    "help": command.HELP,
+}
 
 
 def examples(n: int) -> Examples:
@@ -60,150 +67,98 @@ def examples(n: int) -> Examples:
 
 def apart(a, b) -> tuple[float, str]:
     """The largest difference between two trees' numbers, and the path of the leaf that has it."""
-    differences = {}
+    differences = []
     for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        differences[name] = float(np.max(np.abs(np.asarray(x, np.float64) - np.asarray(y, np.float64))))
-    place = max(differences, key=differences.get)
-    return differences[place], place
+        most = np.max(np.abs(np.asarray(x, np.float64) - np.asarray(y, np.float64)))
+        place = jax.tree_util.keystr(path, simple=True, separator="/")
+        differences.append((float(np.nan_to_num(most, nan=np.inf)), place))
+    return max(differences)
 
 
-def report(name: str, got, want, again=None, start=None) -> float:
+def report(name: str, got, want, again=None, moved=None) -> float:
     """Prints one line -> the share of the difference, 0 where it is PyTorch's own.
 
-    got: of PyTorch, want: of JAX, again: of PyTorch from weights changed by ROUNDING, start: before the round.
+    got: of PyTorch, want: of JAX, again: of PyTorch from weights changed by ROUNDING, moved: by JAX's round.
     """
     worst, place = apart(got, want)
-    largest = max(float(np.max(np.abs(x))) for x in jax.tree.leaves(want))
-    line = f"{name:<34} {worst:.1e} of {largest:.1e}, a share of {worst / largest:.1e}; at {place or 'all'}"
-    if start is not None:
-        line += f"; the round moved it by {apart(want, start)[0]:.1e}"
-    own = 0.0 if again is None else apart(got, again)[0]
+    largest = apart(want, tree.zeros_like(want))[0]
+    share, own = worst / largest, 0.0 if again is None else apart(got, again)[0]
+    line = f"{name:<34} {worst:.1e} of {largest:.1e}, a share of {share:.1e}; at {place or 'all'}"
+    line += "" if moved is None else f"; the round moved it by {apart(moved, tree.zeros_like(moved))[0]:.1e}"
     print(line if again is None else f"{line}; PyTorch from itself {own:.1e}")
-    return 0.0 if worst <= 10 * own else worst / largest
+    return 0.0 if worst <= 10 * own < np.inf else share
 
 
-def supernet(size: dict, batch: int, M: int, dtype) -> list[float]:
+def compare(size: dict, batch: int, M: int, dtype) -> list[float]:
     """Compares one pass and one client round -> the shares."""
-    space = darts_space(shape=SHAPE, classes=CLASSES, mean=MEAN, std=STD, dtype=dtype, **size)
-    setting = Setting(rounds=ROUNDS, epochs=1, batch=batch, augment=lambda key, image: image)
-    made = fedmetanas(space, setting, M=M)[0].make(masks.full_keep(space.nodes))
-    net = space.make(masks.full_keep(space.nodes))
-    state, _ = jax.jit(made.init)(jax.random.key(1))
-    cast = jax.tree.map(lambda x: x.astype(dtype), (state.params, state.stats, state.alpha))
-    state = state._replace(round=jnp.int32(ROUND), params=cast[0], stats=cast[1], alpha=cast[2])
+    space = darts_space(shape=SHAPE, classes=CLASSES, dtype=dtype, **PIXELS, **size)
+    setting = Setting(rounds=ROUNDS, epochs=1, batch=batch, augment=lambda key, image: image, clip=5.0)
+    plan = masks.full_plan(space.graph)
+    algorithm, net = fedmetanas(space, setting, M=M)[0].make(plan), space.make(plan)
+    server, own = jax.jit(algorithm.init)(jax.random.key(1))
+    parts = {name: getattr(server, name) for name in ("params", "stats", "alpha")}
+    parts = jax.tree.map(lambda x: x.astype(dtype), parts)
     data, key = examples(4 * batch), jax.random.key(2)
-    tree = {"params": state.params, "stats": state.stats}
-    rates = client.rates_at(ROUND, ROUNDS, M)
-    tasks = draws.tasks_of(key, data, state.alpha, M=M, batch=batch, epochs=1)
+    sent = algorithm.send(server._replace(round=jnp.int32(ROUND), **parts), jnp.int32(0), key)
+    rates = rounds.rates_at(ROUND, ROUNDS, M)
+    tasks = convert.tasks_of(key, data, sent.alpha, M=M, batch=batch, epochs=1)
     image, label = data.image[:batch], data.label[:batch]
     noise = Alpha(*(x.numpy() for x in tasks[0].noise[0]))
 
-    def loss(variables, noise):
-        alpha = Alpha(*(a + g for a, g in zip(variables["alpha"], noise, strict=True)))
-        weights = relax.mix(alpha, state.mask, rates.temperature)
-        logits, _ = net.apply(variables["params"], state.stats, image, weights, True)
+    def loss(variables):
+        weights = relax.mix(space.graph, tree.add(variables["alpha"], noise), sent.mask, rates.temperature)
+        logits, _ = net.apply(variables["params"], sent.stats, image, weights, True)
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, label)), logits
 
-    grads, logits = jax.jit(jax.grad(loss, has_aux=True))({"params": state.params, "alpha": state.alpha}, noise)
-
-    alpha, mask = convert.alpha_to_torch(state.alpha), convert.alpha_to_torch(state.mask)
-
-    def rival(changed: float):
-        made = Supernet(channels=3, classes=CLASSES, mean=MEAN, std=STD, **size).to(torch_type(dtype))
-        places = convert.supernet_places(made)
-        convert.load(made, places, *jax.tree.map(np.asarray, (state.params, state.stats)))
-        generator = torch.Generator().manual_seed(0)
+    def theirs(changed: float) -> dict:
+        """Every quantity as PyTorch has it, from weights changed by so much of themselves."""
+        net = Supernet(channels=3, classes=CLASSES, **PIXELS, **size).train()
+        net = net.double() if dtype == jnp.float64 else net
+        places, generator = convert.places_of(net), torch.Generator().manual_seed(0)
+        convert.load(net, places, *jax.tree.map(np.asarray, (sent.params, sent.stats)))
         with torch.no_grad():
-            for x in made.parameters():
+            for x in net.parameters():
                 x *= 1 + changed * torch.randn(x.shape, generator=generator).to(x.dtype)
-        return made.train(), places
-
-    def one_pass(changed: float):
-        net, places = rival(changed)
-        logits = [x.clone().requires_grad_() for x in alpha]
-        seen = convert.batch_to_torch(image, label)
-        found = net(seen.image, mix(convert.Alpha(*logits), mask, rates.temperature, tasks[0].noise[0]))
+        start = {name: x.clone() for name, x in net.state_dict().items()}
+        alpha, mask = convert.alpha_to_torch(sent.alpha), convert.alpha_to_torch(sent.mask)
+        logits, seen = type(alpha)(*(x.clone().requires_grad_() for x in alpha)), convert.batch_to_torch(image, label)
+        found = net(seen.image, mix(logits, mask, rates.temperature, tasks[0].noise[0]))
         torch.nn.functional.cross_entropy(found, seen.label).backward()
-        by_name = {name: x.grad for name, x in net.named_parameters()}
-        return found.detach().numpy(), convert.unload(by_name, places, tree)["params"], [x.grad for x in logits]
+        grads = convert.unload({name: x.grad for name, x in net.named_parameters()}, places, parts)["params"]
+        passed = found.detach().numpy(), grads, Alpha(*(x.grad.numpy() for x in logits))
+        net.load_state_dict(start)
+        found, loss = rounds.client_round(net, alpha, mask, tasks, rates)
+        after = convert.unload(net.state_dict(), places, parts) | {"alpha": Alpha(*(x.numpy() for x in found))}
+        return dict(zip(ours, (*passed, *(after[name] for name in parts), loss.item()), strict=True))
 
-    def one_round(changed: float):
-        net, places = rival(changed)
-        found, loss = client.client_round(net, alpha, mask, tasks, rates)
-        after = convert.unload(net.state_dict(), places, tree)
-        return after["params"], after["stats"], Alpha(*(x.numpy() for x in found)), loss.item()
-
-    wanted = logits, grads["params"], list(grads["alpha"])
-    names = "logits", "gradient of the weights", "gradient of the logits"
-    both = one_pass(0), wanted, one_pass(ROUNDING)
-    shares = [report(f"supernet, {name}", *three) for name, *three in zip(names, *both, strict=True)]
-
-    out = jax.jit(made.client_update)(state, (), data, key)
-    wanted = *out.update, out.metrics["loss"]
-    start = state.params, state.stats, state.alpha, None
-    both = one_round(0), wanted, one_round(ROUNDING), start
-    names = "weights", "statistics", "alpha", "query loss"
-    return shares + [report(f"client round M={M}, {name}", *four) for name, *four in zip(names, *both, strict=True)]
-
-
-def mobilenet(variant: str, batch: int, dtype) -> list[float]:
-    """Compares one training pass without dropout -> the shares."""
-    common = {"classes": CLASSES, "mean": MEAN, "std": STD, "variant": variant}
-    ours = mobilenetv3(shape=SHAPE, dtype=dtype, **common)
-    params, stats = jax.jit(ours.init)(jax.random.key(1))
-    params, stats = jax.tree.map(lambda x: x.astype(dtype), (params, stats))
-    data = examples(batch)
-
-    def loss(params):
-        logits, _ = ours.apply(params, stats, data.image, True)
-        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, data.label)), logits
-
-    grads, logits = jax.jit(jax.grad(loss, has_aux=True))(params)
-    theirs = MobileNetV3(channels=3, dropout=0.0, **common).to(torch_type(dtype))
-    places = convert.mobilenet_places(theirs)
-    convert.load(theirs, places, *jax.tree.map(np.asarray, (params, stats)))
-    seen = convert.batch_to_torch(data.image, data.label)
-    found = theirs.train()(seen.image)
-    torch.nn.functional.cross_entropy(found, seen.label).backward()
-    by_name = {name: x.grad for name, x in theirs.named_parameters()}
-    tree = {"params": params, "stats": stats}
-    return [
-        report(f"MobileNetV3 {variant}, logits", found.detach().numpy(), logits),
-        report(f"MobileNetV3 {variant}, gradient", convert.unload(by_name, places, tree)["params"], grads),
-    ]
-
-
-def torch_type(dtype) -> torch.dtype:
-    """float32 or float64, as PyTorch has it."""
-    return {jnp.float32: torch.float32, jnp.float64: torch.float64}[dtype]
+    grads, logits = jax.jit(jax.grad(loss, has_aux=True))({"params": sent.params, "alpha": sent.alpha})
+    reply = jax.jit(algorithm.client_update)(sent, own, data, key)
+    moved = {f"client round M={M}, {name}": reply.change[name] for name in parts}
+    ours = {
+        "supernet, logits": logits,
+        "supernet, gradient of the weights": grads["params"],
+        "supernet, gradient of the logits": grads["alpha"],
+        **{name: tree.add(before, moved[name]) for name, before in zip(moved, parts.values(), strict=True)},
+        f"client round M={M}, query loss": reply.metrics["loss"],
+    }
+    found, again = theirs(0), theirs(ROUNDING)
+    return [report(name, found[name], want, again[name], moved.get(name)) for name, want in ours.items()]
 
 
 def main(argv: list[str]) -> int:
     """argv (argv[0] is the program) -> the exit status."""
-    values = flags.FlagValues()
-    flags.DEFINE_bool("full", False, "the paper's sizes", flag_values=values)
-    flags.DEFINE_bool("double", False, "float64", flag_values=values)
-    flags.DEFINE_integer("M", 1, "inner steps of the client round", lower_bound=0, flag_values=values)
-    flags.DEFINE_integer("batch", 8, "images in a batch", lower_bound=2, flag_values=values)
-    flags.DEFINE_float("most", 1e-2, "largest share that is let pass", lower_bound=0, flag_values=values)
-    flags.DEFINE_bool("help", False, "show this", flag_values=values)
-    try:
-        rest = values(argv)[1:]
-        if rest:
-            raise flags.Error(f"unexpected argument '{rest[0]}'; every argument is a --flag=value")
-    except flags.Error as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    if values.help:
-        print(__doc__.strip(), *(f"  --{name:<7} {values[name].help}" for name in values), sep="\n")
-        return 0
-    size = {} if values.full else {"width": 8, "length": 3, "nodes": 2}
-    dtype = jnp.float64 if values.double else jnp.float32
-    with jax.enable_x64(values.double):
-        shares = supernet(size, values.batch, values.M, dtype)
-        shares += mobilenet("large" if values.full else "tiny", values.batch, dtype)
-    return int(not max(shares) <= values.most)
+
+    def answer() -> int:
+        asked = command.read(argv, FLAGS)
+        if asked["help"]:
+            return print(command.help_text(__doc__, FLAGS))
+        size = {} if asked["full"] else {"width": 8, "length": 3, "nodes": 2}
+        dtype = jnp.float64 if asked["double"] else jnp.float32
+        with jax.enable_x64(asked["double"]):
+            shares = compare(size, asked["batch"], asked["M"], dtype)
+        return int(not max(shares) <= asked["most"])
+
+    return command.exit_status(answer)
 
 
 if __name__ == "__main__":

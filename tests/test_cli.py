@@ -210,7 +210,7 @@ def test_help_lists_every_field_with_its_value_in_the_task(capsys):
 
 def test_a_wrong_name_is_answered_before_jax_is_loaded():
     program = (
-        "import runpy, sys\n"
+        f"import runpy, sys\nsys.path.insert(0, {str(MAIN.parent)!r})\n"
         "sys.argv = ['experiments/main.py', '--config=digits_dir1']\n"
         "try:\n"
         f"    runpy.run_path({str(MAIN)!r}, run_name='__main__')\n"

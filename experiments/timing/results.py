@@ -1,89 +1,63 @@
-"""The record of what was timed: a JSON file that grows case by case, and what follows from its numbers."""
+"""The record of what was timed: a JSON file that grows case by case, a table, and what follows from its numbers."""
 
 import hashlib
-import importlib.metadata
 import json
-import os
 import platform
 import re
 import statistics
 from pathlib import Path
 
+from fedmetanas_jax.files import write_json, write_text
+from fedmetanas_jax.options import UsageError
 from timing.cases import Case, Variant
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("fedmetanas_jax", "experiments/torch_bench", "experiments/timing")
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch")
 
 
-class ResultsError(ValueError):
-    """A results file that cannot be gone on with; the message is one line."""
-
-
-def versions() -> dict[str, str]:
-    """Of what decides a timing: packages, Python, and a digest of the source that is timed."""
-    digest = hashlib.sha256()
+def digest() -> str:
+    """Of the source that is timed."""
+    found = hashlib.sha256()
     for folder in SOURCES:
         for path in sorted((ROOT / folder).rglob("*.py")):
-            digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
-    found = {"python": platform.python_version(), "source": digest.hexdigest()[:16]}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "absent"
-    return found
+            found.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return found.hexdigest()[:16]
 
 
-def hardware(description: dict) -> str:
-    """The machine's name, for people: of its accelerator, or of its CPU and how many cores this process has."""
-    if description["platform"] != "cpu":
-        return description["device"]
+def hardware(described: dict) -> str:
+    """The machine's name, for people: of its accelerator, or of its CPU and how many cores it has."""
+    if described["backend"] != "cpu":
+        return described["device"]
     info, name = Path("/proc/cpuinfo"), platform.processor() or platform.machine()
     if info.exists() and (found := re.search(r"model name\s*: (.*)", info.read_text())):
         name = found.group(1).strip()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {cores} cores"
-
-
-def slug(text: str) -> str:
-    """Letters and digits with single hyphens, for a file's name."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    return f"{name}, {described['cpus']} cores"
 
 
 def load(path: Path, machine: str) -> dict:
-    """The record in `path`, or a fresh one. ResultsError if it is damaged or another machine's."""
+    """The record in `path`, or a fresh one. UsageError if it is damaged or another machine's."""
     if not path.exists():
         return {"hardware": machine, "results": []}
     try:
         document = json.loads(path.read_text())
         found, _ = document["hardware"], document["results"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ResultsError(f"{path} is not a record of timings, or a damaged one ({error!r})") from error
+        raise UsageError(f"{path} is not a record of timings, or a damaged one ({error!r})") from error
     if found != machine:
-        raise ResultsError(f"{path} holds timings of '{found}', but this machine is '{machine}'; choose another --out")
+        raise UsageError(f"{path} holds timings of '{found}', but this machine is '{machine}'; choose another --out")
     return document
 
 
 def save(path: Path, document: dict) -> None:
     """Writes the record and its table beside it."""
-    from timing.table import markdown
-
-    write(path, document, markdown(document))
-
-
-def write(path: Path, document: dict, page: str) -> None:
-    """Writes a record and a page about it beside it, each whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for target, text in ((path, json.dumps(document, indent=1) + "\n"), (path.with_suffix(".md"), page)):
-        unfinished = target.with_name(f".{target.name}.{os.getpid()}")
-        unfinished.write_text(text)
-        os.replace(unfinished, target)
+    write_json(path, document, indent=1)
+    write_text(path.with_suffix(".md"), markdown(document))
 
 
-def same(entry: dict, case: Case, variant: Variant) -> bool:
-    """Whether a result is of this work and this way of doing it."""
-    return (entry["case"], entry["variant"]) == (_plain(case.work()), variant._asdict())
+def find(document: dict, case: Case, variant: Variant) -> dict | None:
+    """The result of this work and this way of doing it, whenever it was taken."""
+    wanted = json.loads(json.dumps(case.work())), variant._asdict()
+    return next((entry for entry in document["results"] if (entry["case"], entry["variant"]) == wanted), None)
 
 
 def open_variants(document: dict, case: Case, now: dict, seconds: float) -> tuple[Variant, ...]:
@@ -93,45 +67,81 @@ def open_variants(document: dict, case: Case, now: dict, seconds: float) -> tupl
     unless more than the `seconds` it had are left.
     """
 
-    def known(variant: Variant) -> bool:
-        for entry in document["results"]:
-            if same(entry, case, variant) and entry["versions"] == now:
-                return entry["status"] != "out of time" or seconds <= entry["allowed_seconds"] + 30
-        return False
+    def settled(variant: Variant) -> bool:
+        entry = find(document, case, variant)
+        if entry is None or entry["versions"] != now:
+            return False
+        return entry["status"] != "out of time" or seconds <= entry["allowed_seconds"] + 30
 
-    return tuple(variant for variant in case.variants if not known(variant))
+    return tuple(variant for variant in case.variants if not settled(variant))
 
 
 def put(document: dict, case: Case, variant: Variant, result: dict, facts: dict) -> None:
-    """Adds a result with its `facts` (versions, command, seed, copy_bytes_per_second), in place of an older one."""
-    document["results"] = [entry for entry in document["results"] if not same(entry, case, variant)]
-    entry = {"case": _plain(case.work()), "variant": variant._asdict(), **facts, **result}
-    document["results"].append(entry | (derived(case, entry) if result["status"] == "done" else {}))
+    """Adds a result with its `facts` (versions, command, seed), in place of an older one."""
+    if old := find(document, case, variant):
+        document["results"].remove(old)
+    entry = {"case": json.loads(json.dumps(case.work())), "variant": variant._asdict(), **facts, **result}
+    document["results"].append(entry | (derived(case, result["seconds"]) if result["status"] == "done" else {}))
 
 
-def _plain(work: dict) -> dict:
-    return json.loads(json.dumps(work))
-
-
-def spread(seconds: list[float], factor: float = 1.0) -> dict[str, float]:
-    """Median, minimum and quartiles of the seconds times `factor`."""
-    times = [factor * s for s in seconds]
-    low, middle, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
-    return {"median": middle, "min": min(times), "q1": low, "q3": high, "n": len(times)}
-
-
-def derived(case: Case, entry: dict) -> dict:
-    """What the seconds of a result mean: per round and step, images and bytes a second."""
-    seconds = entry["seconds"]
-    whole = case.round_tasks == case.tasks
-    median = statistics.median(seconds)
-    moved = entry.get("bytes_per_round")
-    rate = None if moved is None else moved / median
+def derived(case: Case, seconds: list[float]) -> dict:
+    """What the seconds of a result mean: per round and step, and images a second."""
+    whole, median = case.round_tasks == case.tasks, statistics.median(seconds)
+    rounds = case.tasks / case.round_tasks
     return {
-        "round_seconds": spread(seconds, case.round_tasks / case.tasks),
+        "round_seconds": {"median": median / rounds, "min": min(seconds) / rounds, "n": len(seconds)},
         "round_is": "measured" if whole else f"extrapolated from {case.tasks} of {case.round_tasks} tasks",
-        "step_seconds": spread(seconds, 1 / case.steps),
+        "step_seconds": median / case.steps,
         "images_per_second": case.steps * case.batch / median,
-        "bytes_per_second": rate,
-        "share_of_copy_bandwidth": None if rate is None else rate / entry["copy_bytes_per_second"],
     }
+
+
+HEAD = ("case", "variant", "s/round (median; min)", "round is", "ms/step", "images/s")
+HEAD += ("compile s (cold / warm)", "peak device / host GB")
+LEGEND = """\
+A step is one batch of one client, forward and backward, with its share of the optimizers and of the averaging; a round
+is all clients' tasks. Variants of a case ran in turn, each in its own process, n times. Compile seconds of "ours" are
+XLA's alone, without and with a filled compilation cache: tracing comes before them and is not included (the JSON file
+has it). Those of PyTorch are its first run's, all included. Peak host memory is that of the whole process, compiling
+included. "-" is not measured; the JSON file beside this one says why, and has the losses too. Images are random and
+not augmented.
+"""
+
+
+def markdown(document: dict) -> str:
+    """A page: what machine, what is timed with which versions, one row for each result."""
+    lines = [f"# Timings on {document['hardware']}", ""]
+    for key in ("versions", "seed", "command"):
+        for value in dict.fromkeys(_text(entry[key]) for entry in document["results"]):
+            lines.append(f"- {key.capitalize()}: {value}")
+    rows = [HEAD, ["---"] * len(HEAD), *map(_cells, document["results"])]
+    escaped = ([str(cell).replace("|", "\\|") for cell in row] for row in rows)
+    return "\n".join([*lines, "", LEGEND, *(f"| {' | '.join(row)} |" for row in escaped), ""])
+
+
+def _text(value) -> str:
+    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else f"`{value}`"
+
+
+def _cells(entry: dict) -> list[str]:
+    case, variant = entry["case"], Variant(**entry["variant"])
+    size = f"C={case['width']}, {case['cells']} cells, {case['nodes']} nodes"
+    work = f"K={case['clients']}, M={case['M']}, batch {case['batch']}, {case['dtype']}, {case['plan']} plan"
+    name = f"{case['name']}: {size}, {work}"
+    if entry["status"] != "done":
+        return [name, variant.label, f"{entry['status']}: {entry['reason']}", *["-"] * (len(HEAD) - 3)]
+
+    def number(key: str, unit: float, form: str) -> str:
+        return "-" if entry.get(key) is None else format(entry[key] / unit, form)
+
+    cold = "first_run_seconds" if variant.side == "torch" else "compile_seconds_cold"
+    return [
+        name,
+        variant.label,
+        "{median:.3g} ({min:.3g}), n={n}".format_map(entry["round_seconds"]),
+        entry["round_is"],
+        number("step_seconds", 1e-3, ".3g"),
+        number("images_per_second", 1, ".3g"),
+        f"{number(cold, 1, '.1f')} / {number('compile_seconds_warm', 1, '.1f')}",
+        f"{number('device_peak_bytes', 1e9, '.2f')} / {number('host_peak_bytes', 1e9, '.2f')}",
+    ]

@@ -5,28 +5,24 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from torch_bench.client import Batch, Task, rates_at
-from torch_bench.relaxation import Alpha, gumbel
-from torch_bench.server import federated_round
-from torch_bench.supernet import Supernet
+from torch_bench.rounds import Batch, Task, federated_round, rates_at
+from torch_bench.supernet import Alpha, Supernet, gumbel
 
-from timing import memory
 from timing.cases import ROUND, ROUNDS, Case, Variant, images, plan_and_mask
 
 
-class Rival:
+class Side:
     """A network that is built (and compiled) once and trained as often as asked."""
 
     def __init__(self, case: Case, variant: Variant, seed: int):
         self.case = case
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(seed)
-        start = time.perf_counter()
         plan, op, pair = plan_and_mask(case, seed)
         self.layout = torch.channels_last if variant.channels_last else torch.contiguous_format
         size = {"width": case.width, "length": case.cells, "nodes": case.nodes}
-        one = (0.5,) * case.image[2]
-        net = Supernet(channels=case.image[2], classes=case.classes, mean=one, std=one, plan=plan, **size)
+        half = (0.5,) * case.image[2]
+        net = Supernet(channels=case.image[2], classes=case.classes, mean=half, std=half, plan=plan, **size)
         self.net = net.to(self.device, memory_format=self.layout)
         self.mask = Alpha(*(torch.from_numpy(x).to(self.device) for x in (op, pair)))
         self.alpha = Alpha(*(1e-3 * torch.randn(x.shape, device=self.device) for x in self.mask))
@@ -35,10 +31,8 @@ class Rival:
         self.label = torch.from_numpy(label).long().to(self.device)
         autocast = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=case.dtype == "bfloat16")
         self.how = {"autocast": autocast, "forward": torch.compile(net) if variant.compiled else net}
-        self.figures = {"build_seconds": time.perf_counter() - start}
         # One task of one client touches everything there is; with torch.compile it compiles.
-        self.figures["first_run_seconds"] = self.run(clients=1, tasks=1)[0]
-        self.forgotten = memory.forget_peak()
+        self.figures = {"first_run_seconds": self.run(clients=1, tasks=1)[0]}
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
@@ -57,38 +51,20 @@ class Rival:
         """One round, or a part of it -> (seconds, mean query loss)."""
         work = [self.tasks(k, tasks or self.case.tasks) for k in range(clients or self.case.clients)]
         rates = rates_at(ROUND, ROUNDS, self.case.M)
-        self.wait()
+        wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
+        wait()
         start = time.perf_counter()
         self.alpha, loss = federated_round(self.net, self.alpha, self.mask, work, rates, **self.how)
-        self.wait()
+        wait()
         return time.perf_counter() - start, loss.item()
 
-    def wait(self) -> None:
-        """Until the device has done all it was given."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
     def report(self) -> dict:
-        """Memory, and on a GPU the kernels of a step."""
+        """Seconds of the first run, and the device's peak memory where PyTorch measures it."""
         on_gpu = self.device.type == "cuda"
         return self.figures | {
             "device_peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
             "device_peak_reason": None if on_gpu else "PyTorch does not measure it on a CPU",
-            "host_peak_bytes": memory.host_peak(),
-            "host_peak_running_bytes": memory.peak_since_forgotten() if self.forgotten else None,
-            "bytes_per_round": None,
-            "bytes_source": "PyTorch has no cost analysis",
-            "kernels_per_step": self.kernels() if on_gpu else None,
-            "kernels_reason": "counted by torch.profiler over one task" if on_gpu else "a CPU launches no kernels",
-            "threads": torch.get_num_threads(),
         }
-
-    def kernels(self) -> float:
-        """Kernels of one gradient step, copies included, optimizers and averaging in proportion."""
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            self.run(clients=1, tasks=1)
-        on_device = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-        return len(on_device) / (self.case.M + 1)
 
 
 def describe() -> dict:

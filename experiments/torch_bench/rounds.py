@@ -1,4 +1,5 @@
-"""A client's round of FedMetaNAS as an eager training loop (Algorithm 1, "Client Search"; methods section 5).
+"""FedMetaNAS as an eager training loop: a client's round (Algorithm 1, "Client Search"; methods section 5), and a
+round of all clients, one after another on one model object, as simulators usually do it.
 
 First-order MAML: M steps on the support batch move weights and logits together, the query's gradient is taken
 there, the un-adapted variables come back and move with it. Everything random is in the tasks.
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torch_bench.relaxation import Alpha, mix
+from torch_bench.supernet import Alpha, mix
 
 
 class Batch(NamedTuple):
@@ -31,19 +32,12 @@ class Task(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """The numbers of one round, with the defaults of methods section 5 but for those that follow the round."""
+    """The numbers that follow the round, and how many inner steps a task has."""
 
     lr: float  # of the weights' meta step
     temperature: float
     searching: bool  # False during warm-up: the logits stand still
     M: int = 1
-    task_lr: float = 0.01
-    task_alpha_lr: float = 1.0  # times the temperature
-    momentum: float = 0.9
-    weight_decay: float = 3e-4
-    clip: float = 5.0
-    alpha_lr: float = 3e-4
-    alpha_weight_decay: float = 1e-3
 
 
 def rates_at(t: int, rounds: int, M: int = 1) -> Rates:
@@ -53,9 +47,10 @@ def rates_at(t: int, rounds: int, M: int = 1) -> Rates:
     return Rates(lr, temperature, t / rounds >= 0.05, M)
 
 
-def running_statistics(net: nn.Module) -> list[Tensor]:
-    """Running means and variances of every batch norm, the tensors themselves."""
-    return [b for name, b in net.named_buffers() if name.endswith(("running_mean", "running_var"))]
+def state_of(net: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights, and running means and variances of every batch norm: the tensors themselves."""
+    statistics = [b for name, b in net.named_buffers() if name.endswith(("running_mean", "running_var"))]
+    return list(net.parameters()), statistics
 
 
 def copies(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -73,8 +68,7 @@ def put_back(tensors: list[Tensor], saved: list[Tensor]) -> None:
 def clip_global_norm(tensors: list[Tensor], most: float) -> None:
     """Scales the gradients so that all of them together are no longer than `most`."""
     grads = [x.grad for x in tensors]
-    norm = nn.utils.get_total_norm(grads)
-    torch._foreach_mul_(grads, torch.clamp(most / norm, max=1.0))
+    torch._foreach_mul_(grads, torch.clamp(most / nn.utils.get_total_norm(grads), max=1.0))
 
 
 def client_round(
@@ -89,17 +83,17 @@ def client_round(
 ) -> tuple[Alpha, Tensor]:
     """Trains `net` in place on the tasks, from fresh optimizers -> (the client's alpha, mean query loss []).
 
-    forward: a compiled `net`, if the eager one is not to be used. autocast: makes the context in which the
-    forward passes run.
+    forward: a compiled `net`, if the eager one is not to be used. autocast: the context of the forward passes.
     """
     forward = net if forward is None else forward
     alpha = Alpha(*(x.detach().clone().requires_grad_() for x in alpha))
-    weights, statistics = list(net.parameters()), running_statistics(net)
+    weights, statistics = state_of(net)
     variables = [*weights, *alpha]
-    sgd = torch.optim.SGD(weights, rates.lr, rates.momentum, weight_decay=rates.weight_decay)
-    adam = torch.optim.Adam(alpha, rates.alpha_lr, (0.5, 0.999), weight_decay=rates.alpha_weight_decay)
-    alpha_task_lr = rates.task_alpha_lr * rates.temperature * rates.searching
-    inner = torch.optim.SGD([{"params": weights}, {"params": list(alpha), "lr": alpha_task_lr}], rates.task_lr)
+    # The rates of methods section 5.
+    sgd = torch.optim.SGD(weights, rates.lr, momentum=0.9, weight_decay=3e-4)
+    adam = torch.optim.Adam(alpha, lr=3e-4, betas=(0.5, 0.999), weight_decay=1e-3)
+    task_alpha_lr = 1.0 * rates.temperature * rates.searching
+    inner = torch.optim.SGD([{"params": weights}, {"params": list(alpha), "lr": task_alpha_lr}], lr=0.01)
 
     def gradients(batch: Batch, noise: Alpha) -> Tensor:
         inner.zero_grad()
@@ -120,7 +114,7 @@ def client_round(
         put_back(statistics, before)
         losses.append(gradients(task.query, task.noise[rates.M]))
         put_back(variables, unadapted)
-        clip_global_norm(weights, rates.clip)
+        clip_global_norm(weights, 5.0)
         sgd.step()
         if rates.searching:
             adam.step()
@@ -129,3 +123,24 @@ def client_round(
                 for x, alive, old in zip(alpha, mask, unadapted[-2:], strict=True):
                     x.copy_(torch.where(alive, x, old))
     return Alpha(*(x.detach() for x in alpha)), torch.stack(losses).mean()
+
+
+def federated_round(
+    net: nn.Module, alpha: Alpha, mask: Alpha, clients: list[Iterable[Task]], rates: Rates, **how
+) -> tuple[Alpha, Tensor]:
+    """Every client starts from the server's state; net becomes their mean -> (alpha's mean, mean query loss []).
+
+    Clients weigh the same, as they hold equally many images. `how` goes to `client_round`.
+    """
+    weights, statistics = state_of(net)
+    state = [*weights, *statistics]
+    start, losses = copies(state), []
+    total = [torch.zeros_like(x) for x in [*start, *alpha]]
+    for tasks in clients:
+        put_back(state, start)
+        found, loss = client_round(net, alpha, mask, tasks, rates, **how)
+        with torch.no_grad():
+            torch._foreach_add_(total, [*state, *found], alpha=1 / len(clients))
+        losses.append(loss)
+    put_back(state, total[: len(state)])
+    return Alpha(*total[len(state) :]), torch.stack(losses).mean()

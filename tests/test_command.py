@@ -1,0 +1,65 @@
+"""The door of the scripts: flags as typed values, and what is answered where they make no sense."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import command
+import pytest
+from command import Flag
+
+from fedmetanas_jax.options import UsageError
+
+FLAGS = {
+    "rate": Flag(float, 0.1, "a number", least=0),
+    "names": Flag(tuple[str, ...], ("a", "b"), "several"),
+    "fast": Flag(bool, False, "yes or no"),
+    "task.size": Flag(int | None, ..., "left out unless given"),
+    "help": command.HELP,
+}
+
+
+def read(*arguments):
+    return command.read(["script.py", *arguments], FLAGS)
+
+
+def test_values_are_typed_and_defaults_are_as_declared():
+    assert read() == {"rate": 0.1, "names": ("a", "b"), "fast": False, "help": False}
+    given = read("--rate=1", "--names", "c", "--fast", "--task.size=none")
+    assert given == {"rate": 1.0, "names": ("c",), "fast": True, "help": False, "task.size": None}
+    last = read("--fast", "--nofast", "--rate=2", "--rate=3")
+    assert (last["fast"], last["rate"]) == (False, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--rat=1", "no flag 'rat'; did you mean 'rate' or 'fast'? there are: rate, names"),
+        ("--task.siz=1", "no task field 'siz'; did you mean 'size'"),
+        ("--rate=-1", "rate: '-1' is not a number of at least 0"),
+        ("--rate=nan", "rate: 'nan' is not a number of at least 0"),
+        ("--task.size=x", "task.size: 'x' is not a whole number or none"),
+        ("--rate", "Missing value for flag --rate"),
+        ("more", "unexpected argument 'more'"),
+    ],
+)
+def test_what_makes_no_sense_is_a_usage_error(argument, message):
+    with pytest.raises(UsageError) as caught:
+        read(argument)
+    assert message in str(caught.value)
+
+
+def test_help_shows_defaults():
+    lines = command.help_text("About.", FLAGS).splitlines()
+    assert "  --rate         a number; default 0.1" in lines
+    assert "  --names        several; default a,b" in lines
+    assert "  --fast         yes or no" in lines
+
+
+def test_whoever_closes_the_pipe_gets_no_traceback():
+    script = "import command, sys; sys.exit(command.exit_status(lambda: [print('x' * 99) for _ in range(9999)] and 0))"
+    folder = Path(command.__file__).parent
+    done = subprocess.run(
+        f'"{sys.executable}" -c "{script}" | head -n 1', shell=True, capture_output=True, text=True, cwd=folder
+    )
+    assert (done.stdout, done.stderr) == ("x" * 99 + "\n", "")
