@@ -17,8 +17,9 @@ from typing import Any, Literal, NamedTuple
 import command
 from command import Flag, written
 
-from fedmetanas_jax.config import TASKS, Config, validate
+from fedmetanas_jax.config import Config, validate
 from fedmetanas_jax.options import UsageError, nearest, option_types, parse_options, wanted
+from fedmetanas_jax.tasks import TASKS
 
 FLAGS = {
     "config": Flag(str, "digits_dir01", "the task to start from"),

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 import fedmetanas_jax
-from fedmetanas_jax.config import TASKS, Config
+from fedmetanas_jax.config import Config
 from fedmetanas_jax.options import UsageError
+from fedmetanas_jax.tasks import TASKS
 
 MAIN = Path(__file__).parents[1] / "experiments" / "main.py"
 SPEC = importlib.util.spec_from_file_location("experiments_main", MAIN)

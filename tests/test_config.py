@@ -8,8 +8,9 @@ from typing import Literal
 
 import pytest
 
-from fedmetanas_jax.config import MAY_CHANGE, TASKS, Config, from_dict, to_dict, validate
+from fedmetanas_jax.config import MAY_CHANGE, Config, from_dict, to_dict, validate
 from fedmetanas_jax.options import UsageError, nearest, option_types, parse_options, parse_value
+from fedmetanas_jax.tasks import TASKS
 
 
 def method(

@@ -28,7 +28,7 @@ def reductions(length: int) -> tuple[int, ...]:
 
 
 def suited(backend: str, plan: CellPlan) -> Way:
-    """The way for a backend ("cpu", "gpu", "tpu") and the live operations of a cell (results/formulations.md).
+    """The way for a backend ("cpu", "gpu", "tpu") and the live operations of a cell (docs/formulations.md).
 
     A CPU is fastest on small arrays one after another until an edge has at most one operation left; an
     accelerator wants few large kernels and no conditionals.

@@ -3,7 +3,7 @@
 `scan` loops over the edges of a cell, which a CPU likes and a GPU does not: it launches the kernels of every edge
 anew and may have to ask the host about every conditional. Here a cell is written out source by source. The edges
 that leave a source, and the operations of a family on them, are rows of one array: one matrix product serves their
-pointwise layers, one reduction their batch norms. Same numbers as `scan` up to rounding; results/formulations.md says
+pointwise layers, one reduction their batch norms. Same numbers as `scan` up to rounding; docs/formulations.md says
 what either costs.
 """
 
