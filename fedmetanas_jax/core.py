@@ -126,6 +126,7 @@ class Aggregate(NamedTuple):
     """How the changes of a cohort become one; see engine/aggregate.py."""
 
     apply: Callable  # (change [cohort, ...], weight [cohort], NaN = not finite, key) -> (change, weight, metrics)
+    leaves_out: bool = False  # whether it may set a weight to 0; where it cannot, the round need not keep what was
     allowed: int = 0  # replies that may be left out for not being finite, in the whole run, before it stops
 
 

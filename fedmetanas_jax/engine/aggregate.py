@@ -37,7 +37,7 @@ def finite(allowed: int) -> Aggregate:
         kept = jax.tree.map(lambda x: jnp.where(_beside(good, x), x, 0), change)
         return kept, jnp.where(good, weight, 0.0), {}
 
-    return Aggregate(apply, allowed)
+    return Aggregate(apply, leaves_out=True, allowed=allowed)
 
 
 def clip(weights: float, alpha: float | None = None, stats: float | None = None) -> Aggregate:
@@ -82,7 +82,8 @@ def chain(*stages: Aggregate) -> Aggregate:
             metrics |= more
         return change, weight, metrics
 
-    return Aggregate(apply, max((stage.allowed for stage in stages), default=0))
+    leaves_out = any(stage.leaves_out for stage in stages)
+    return Aggregate(apply, leaves_out, max((stage.allowed for stage in stages), default=0))
 
 
 STAGES: dict[str, Callable[..., Aggregate]] = {"mean": mean, "finite": finite, "clip": clip}

@@ -164,8 +164,8 @@ def make_round(
     clients measure them); and name -> [block] of algorithm.report on the server after the round. Rows past the rounds
     run are zero.
 
-    A client whose weight the aggregate leaves at 0 (or NaN) keeps what it had. Where that is the whole cohort, so
-    does the server, but for its round.
+    A client whose weight the aggregate sets to 0 keeps what it had. Where that is the whole cohort, so does the
+    server, but for its round.
 
     hosted: the given and the returned state.owns are the rows of the round's cohort alone, for clients whose states
     stay on the host; a block is then one round.
@@ -194,21 +194,23 @@ def make_round(
         change, weight, more = aggregate.apply(
             replies.change, jnp.where(finite, replies.weight, jnp.nan), stream_key(seed, "aggregate", state.round)
         )
-        taken = weight > 0
         moved = algorithm.server_update(server, Merged(change, chosen, weight, replies.report))
         # A method that changes the form of what it keeps would fail far from where it does so.
         chex.assert_trees_all_equal_shapes_and_dtypes(moved, server, custom_message="server_update changed the server")
         chex.assert_trees_all_equal_shapes_and_dtypes(replies.own, before, custom_message="client_update changed own")
-        server = tree.where(jnp.any(taken), moved, server._replace(round=moved.round))
-        after = jax.vmap(tree.where)(taken, replies.own, before)
+        after = replies.own
+        if aggregate.leaves_out:
+            taken = weight > 0
+            moved = tree.where(jnp.any(taken), moved, server._replace(round=moved.round))
+            after = jax.vmap(tree.where)(taken, after, before)
         if not hosted:
             after = client_states.put(owns, chosen, after, mesh)
         sent = {name: jnp.full(cohort_size, n, jnp.int32) for name, n in traffic(algorithm, server, replies).items()}
-        found = [{"client": chosen, "finite": finite}, sent | replies.metrics, more, algorithm.report(server)]
+        found = [{"client": chosen, "finite": finite}, sent | replies.metrics, more, algorithm.report(moved)]
         names = [name for part in found for name in part]
         if len(set(names)) < len(names):
             raise ValueError(f"a name twice among the metrics of engine, clients, aggregate and report: {names}")
-        return RoundState(state.round + 1, seed, server, after), {n: x for part in found for n, x in part.items()}
+        return RoundState(state.round + 1, seed, moved, after), {n: x for part in found for n, x in part.items()}
 
     def step(state: RoundState, data: FederatedData, stop: Array) -> tuple[RoundState, dict]:
         if block == 1:
