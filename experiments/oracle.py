@@ -65,7 +65,7 @@ def examples(n: int) -> Examples:
     return Examples(jnp.asarray(image, jnp.uint8), jnp.asarray(label, jnp.int32), jnp.ones(n, jnp.float32))
 
 
-def apart(a, b) -> tuple[float, str]:
+def difference(a, b) -> tuple[float, str]:
     """The largest difference between two trees' numbers, and the path of the leaf that has it."""
     differences = []
     for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
@@ -80,11 +80,11 @@ def report(name: str, got, want, again=None, moved=None) -> float:
 
     got: of PyTorch, want: of JAX, again: of PyTorch from weights changed by ROUNDING, moved: by JAX's round.
     """
-    worst, place = apart(got, want)
-    largest = apart(want, tree.zeros_like(want))[0]
-    share, own = worst / largest, 0.0 if again is None else apart(got, again)[0]
+    worst, place = difference(got, want)
+    largest = difference(want, tree.zeros_like(want))[0]
+    share, own = worst / largest, 0.0 if again is None else difference(got, again)[0]
     line = f"{name:<34} {worst:.1e} of {largest:.1e}, a share of {share:.1e}; at {place or 'all'}"
-    line += "" if moved is None else f"; the round moved it by {apart(moved, tree.zeros_like(moved))[0]:.1e}"
+    line += "" if moved is None else f"; the round moved it by {difference(moved, tree.zeros_like(moved))[0]:.1e}"
     print(line if again is None else f"{line}; PyTorch from itself {own:.1e}")
     return 0.0 if worst <= 10 * own < np.inf else share
 

@@ -5,7 +5,7 @@ Letters used for shapes everywhere: `clients` = all clients K, `cohort` = client
 A thing is a NamedTuple of pure functions; its state goes in and comes out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -71,8 +71,11 @@ class Graph(NamedTuple):
     output: tuple[int, ...]  # the nodes that the output of a cell is made of
 
 
+Plan = Sequence[Sequence[Sequence[int]]]  # [cell types][edges] -> live operations, ascending; lists of it are JSON
+
+
 class SearchSpace(NamedTuple):
-    """All the networks of one supernet. A plan, [cell types][edges] lists of live operations, is JSON."""
+    """All the networks of one supernet, each by its plan."""
 
     graph: Graph
     make: Callable  # plan -> Supernet that computes the plan's operations alone

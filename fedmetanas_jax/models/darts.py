@@ -10,9 +10,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from fedmetanas_jax.core import Array, SearchSpace, Supernet, Tree
+from fedmetanas_jax.core import Array, Plan, SearchSpace, Supernet, Tree
 from fedmetanas_jax.models import batchnorm, layers, operations
-from fedmetanas_jax.models.plan import OPS, CellPlan, Plan, darts_graph, norm_names, num_nodes, op_shapes, stacked
+from fedmetanas_jax.models.plan import OPS, CellPlan, darts_graph, norm_names, num_nodes, op_shapes, stacked
 from fedmetanas_jax.models.scan import scanned_cell
 from fedmetanas_jax.models.side_by_side import unrolled_cell
 from fedmetanas_jax.models.space import head, head_weights, kernel, search_space, supernet

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fedmetanas_jax.core import Array, Graph, SearchSpace, Supernet, Tree
+from fedmetanas_jax.core import Array, Graph, Plan, SearchSpace, Supernet, Tree
 from fedmetanas_jax.models import batchnorm, layers
-from fedmetanas_jax.models.plan import CellPlan, Plan
+from fedmetanas_jax.models.plan import CellPlan
 from fedmetanas_jax.models.sources import Source, sources, visit_all
 from fedmetanas_jax.models.space import head, head_weights, kernel, search_space, supernet
 

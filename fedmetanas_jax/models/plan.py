@@ -23,8 +23,7 @@ OPS = (
 )
 NONE = OPS.index("none")
 
-CellPlan = tuple[tuple[int, ...], ...]  # of one cell type: the operations alive on each edge
-Plan = tuple[CellPlan, ...]  # of all cell types
+CellPlan = tuple[tuple[int, ...], ...]  # of one cell type: the operations alive on each edge; hashable
 
 
 def darts_graph(nodes: int) -> Graph:

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from fedmetanas_jax.core import Alpha, Graph, Mask
+from fedmetanas_jax.core import Alpha, Graph, Mask, Plan
 from fedmetanas_jax.nas import mask as masks
 from fedmetanas_jax.nas import relax
 
@@ -87,7 +87,7 @@ def to_mix(graph: Graph, genotype: Genotype) -> np.ndarray:
     return mix
 
 
-def to_plan(graph: Graph, genotype: Genotype) -> masks.Plan:
+def to_plan(graph: Graph, genotype: Genotype) -> Plan:
     """The program that computes this genotype alone, in the form of `mask.plan_of`; errors as `check`."""
     return [[np.flatnonzero(edge).tolist() for edge in cell] for cell in to_mix(graph, genotype)]
 

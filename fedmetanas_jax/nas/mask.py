@@ -9,10 +9,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from fedmetanas_jax.core import Alpha, Array, Graph, Mask
+from fedmetanas_jax.core import Alpha, Array, Graph, Mask, Plan
 from fedmetanas_jax.nas import relax
-
-Plan = list[list[list[int]]]  # [cell types][edges] -> indices of the operations alive
 
 
 def full(graph: Graph) -> Mask:
