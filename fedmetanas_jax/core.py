@@ -180,6 +180,8 @@ class Phase(NamedTuple):
     #   init makes the server: (None, None, key) -> (plan, None)
     make: Callable  # plan -> Algorithm; the plan is JSON, so a resumed run makes the same program
     event: str = ""  # what entering it is called in the records
+    tolerance: float | None = None  # accuracy on clients' training images that entering it may cost; where it would
+    #   cost more it is put off: until the next phase or, of the last one, for a while. None: it is entered anyway
     smaller: Callable | None = None  # (server, plan) -> (plan, server): the same function by the smallest program that
     #   this server calls for. When the run moves there is the engine's affair
 

@@ -185,6 +185,13 @@ def fit(
     return variables, stats, metrics | {"image_gradients": jnp.sum(seen * jnp.array(gradient.passes))}
 
 
+def steps_a_round(rows: int, batches: int, setting: Setting, tasks: Tasks = "pairs") -> int:
+    """The steps of `fit` along a gradient of so many batches for a client that holds `rows`."""
+    if batches == 1:
+        return setting.epochs * -(-rows // setting.batch)
+    return setting.epochs * (1 if tasks == "one" else rows // (batches * setting.batch))
+
+
 def steps_taken(weight: Array, batch: int, epochs: int) -> Array:
     """[] float32: the steps of `fit` that have a real row, ceil(n_k / batch) an epoch; weight [n]."""
     return epochs * jnp.ceil(jnp.sum(weight > 0) / batch)

@@ -4,9 +4,12 @@ from collections.abc import Callable
 
 from fedmetanas_jax.config import Config
 
-# The reduced tasks search in their first rounds alone, then train what they found: a round of the discrete
-# network costs a tenth. So few rounds of search need faster logits to end anywhere but where they started.
-EARLY = {"alpha_lr": 0.05, "warmup": 0.01}
+# A search in the first rounds alone, then training of what it found, since a round of the discrete network costs a
+# tenth: nine rounds decide little, and what is trained is in effect a network drawn at random.
+EARLY = {
+    "alpha_lr": 0.05, "warmup": 0.01, "anneal": "linear", "temperature_until": 0.03, "prune": "threshold",
+    "prune_from": 0.014, "prune_until": 0.03, "prune_events": 3, "prune_tolerance": None,
+}  # fmt: skip
 
 
 def cifar10_dir01() -> Config:
@@ -83,7 +86,7 @@ def cifar10_small() -> Config:
         devices=2,
         bn_eval="recalibrated",
         eval_every=20,
-        options=EARLY | {"prune_from": 0.014, "prune_until": 0.03, "prune_every": 3, "temperature_until": 0.03},
+        options=EARLY,
     )
 
 
@@ -109,7 +112,6 @@ def digits_dir01() -> Config:
         at_once=0,
         eval_every=5,
         bn_eval="recalibrated",
-        options=EARLY | {"prune_from": 0.07, "prune_until": 0.13, "prune_every": 6, "temperature_until": 0.13},
     )
 
 

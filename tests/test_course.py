@@ -13,7 +13,7 @@ TINY = Config(
     dataset="digits", width=2, cells=1, nodes=1, clients=4, cohort=2, train_size=32, test_size=16, rounds=8, epochs=1,
     batch=8, augment=(), at_once=1, block=2, eval_every=4, checkpoint_every=2, final_adapt=False, compile_ahead=2,
     bn_eval="recalibrated",
-    options={"prune_from": 0.25, "prune_until": 0.25},
+    options={"prune_from": 0.25, "prune_until": 0.25, "prune_events": 1, "prune_tolerance": None},
 )  # fmt: skip
 
 

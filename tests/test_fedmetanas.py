@@ -18,10 +18,17 @@ FULL = masks.full_plan(GRAPH)
 DATA = federation()
 
 
+# The schedule as the paper reads most literally: thresholds alone, at a temperature that falls nearly to the end.
+PAPER = {
+    "warmup": 0.05, "alpha_lr": 3e-4, "anneal": "linear", "temperature_until": 0.8, "prune": "threshold",
+    "prune_from": 0.3, "prune_until": 0.8, "prune_events": 6, "prune_tolerance": None,
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def search():
     """The full program: (algorithm, compiled client update). The server is the message."""
-    algorithm = first_algorithm("fedmetanas")
+    algorithm = first_algorithm("fedmetanas", **PAPER)
     return algorithm, jax.jit(algorithm.client_update)
 
 
@@ -44,8 +51,12 @@ def clear_alpha(server) -> Alpha:
 
 
 def test_prune_events_of_the_paper_sized_run():
-    starts = [phase.start for phase in phases("fedmetanas", SETTING._replace(rounds=1000))]
-    assert starts == [0, 300, 350, 400, 450, 500, 550, 600, 650, 700, 750, 800]
+    start, *events = [phase.start for phase in phases("fedmetanas", SETTING._replace(rounds=1000))]
+    assert (start, events[0], events[-1], len(events)) == (0, 200, 600, 18)
+    assert {int(gap) for gap in np.diff(events)} == {23, 24}
+    # Of any length a run has the same shape.
+    short = [phase.start for phase in phases("fedmetanas", SETTING._replace(rounds=100))]
+    np.testing.assert_allclose(short[1:], np.array(events) / 10, atol=0.5)
 
 
 def test_a_run_too_short_to_prune_is_one_phase():
@@ -101,7 +112,7 @@ def test_pruned_logits_do_not_move(search):
 def test_a_prune_event_enters_a_smaller_program_of_the_same_function(search):
     """The full program with the new mask and the cut one answer alike, soft and discrete, and train alike."""
     algorithm, client_update = search
-    listed = phases("fedmetanas", prune_every=6)
+    listed = phases("fedmetanas", **PAPER)
     server = server_at(algorithm, listed[1].start)
     server = server._replace(alpha=clear_alpha(server))
     plan, cut = plan_and_server(listed[1], server)
@@ -133,7 +144,7 @@ def test_a_prune_event_enters_a_smaller_program_of_the_same_function(search):
 
 def test_after_the_last_event_soft_and_discrete_are_one_network(search):
     algorithm, _ = search
-    last = phases("fedmetanas")[-1]
+    last = phases("fedmetanas", **PAPER)[-1]
     server = server_at(algorithm, last.start)
     plan, cut = plan_and_server(last, server)
     assert [sum(map(len, kind)) for kind in plan] == [4, 4]  # two nodes, two edges each, one operation an edge
@@ -145,8 +156,8 @@ def test_after_the_last_event_soft_and_discrete_are_one_network(search):
 
 
 def test_without_terminal_only_the_threshold_prunes():
-    last = phases("fedmetanas", terminal=False)[-1]
-    algorithm = first_algorithm("fedmetanas")
+    last = phases("fedmetanas", **PAPER | {"terminal": False})[-1]
+    algorithm = first_algorithm("fedmetanas", **PAPER)
     plan, _ = plan_and_server(last, server_at(algorithm, last.start))
     assert plan == FULL  # logits of 1e-3 leave no weight below 1 %
 
@@ -156,13 +167,43 @@ def test_without_terminal_only_the_threshold_prunes():
     [
         ({"M": -1}, "M is -1"),
         ({"prune_from": 0.9}, "prune_from is 0.9"),
-        ({"prune_every": 0}, "prune_every is 0"),
+        ({"prune_events": 0}, "prune_events is 0"),
+        ({"cap": 0.0}, "cap is 0.0"),
+        ({"prune_tolerance": -0.1}, "prune_tolerance is -0.1"),
+        ({"alpha_lr": -1.0}, "alpha_lr is -1.0"),
         ({"threshold": 1.0}, "threshold is 1.0"),
         ({"temperature_end": 0.0}, "temperature_end is 0.0"),
         ({"temperature_until": 0.0}, "temperature_until is 0.0"),
         ({"order": 3}, "order is 3"),
     ],
 )
+def test_along_the_line_a_search_ends_discrete_whatever_its_logits(search):
+    """Alive is never more than on the line, never grows, and what an event clears weighs least of what may go."""
+    algorithm, _ = search
+    listed = phases("fedmetanas", cap=1.0, prune_tolerance=None)
+    server = server_at(algorithm, 0)
+    server = server._replace(alpha=Alpha(*(0.05 * x for x in clear_alpha(server))))  # far from any threshold
+    seen = []
+    for phase in listed[1:]:
+        _, server = phase.enter(server._replace(round=jnp.int32(phase.start)), FULL, None)
+        seen.append(tuple(int(x) for x in masks.alive(GRAPH, server.mask)))
+        share = (phase.start / SETTING.rounds - 0.2) / 0.4
+        assert seen[-1][0] <= max(80 - 72 * share, 8) + 1
+        assert seen[-1][1] <= max(8 - 4 * share, 4) + 1
+    assert seen[-1] == (8, 4)
+    assert seen == sorted(seen, reverse=True)
+    assert len(set(seen)) > 12  # gradually
+
+
+def test_the_rate_of_the_logits_follows_the_length_of_the_search():
+    """A logit that always moves one way goes as far in 60 rounds as in 600."""
+    from fedmetanas_jax.nas.schedule import travel_rate
+
+    for rounds, steps in ((60, 6), (600, 6), (600, 45)):
+        assert travel_rate(8.0, 0.54 * rounds, steps) * 0.54 * rounds * steps == pytest.approx(8.0)
+    assert travel_rate(8.0, 540, 45) == pytest.approx(3e-4, rel=0.1)  # DARTS's, at the paper's size
+
+
 def test_options_that_cannot_be_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         phases("fedmetanas", **options)

@@ -19,7 +19,7 @@ MAIN = Path(__file__).parents[1] / "experiments/main.py"
 TINY = {
     "width": 2, "cells": 1, "nodes": 1, "clients": 4, "cohort": 2, "train_size": 32, "test_size": 16, "rounds": 12,
     "epochs": 1, "checkpoint_every": 2, "eval_every": 4, "batch": 8, "block": 2, "at_once": 1,
-    "options.prune_from": 0.3, "options.prune_until": 0.5, "options.prune_every": 3,
+    "options.prune_from": 0.3, "options.prune_until": 0.5, "options.prune_events": 2, "options.prune_tolerance": "none",
 }  # fmt: skip
 KILLS = 10
 

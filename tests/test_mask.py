@@ -149,3 +149,28 @@ def test_without_pairs_every_edge_stays():
     assert np.all(end.op.sum(-1) == 1)
     np.testing.assert_array_equal(harden(graph, alpha, full), end.op)
     np.testing.assert_allclose(mix(graph, alpha, full, 1.0, jax.random.key(0)).sum(-1), 1, rtol=1e-6)
+
+
+def test_thin_clears_the_smallest_weights_first_below_the_cap_and_never_the_largest():
+    alpha, full = random_alpha(3), mask.full(GRAPH)
+    weights, winner = jit(relax.softmax)(GRAPH, alpha, full, 1.0), best(GRAPH, alpha, full)
+    some = mask.thin(GRAPH, alpha, full, 1.0, ops=150, pairs=40, cap=1.0)
+    gone = np.asarray(full.op & ~some.op)
+    assert (int(some.op.sum()), int(some.pair.sum())) == (150, 40)
+    assert not np.any(gone & np.asarray(winner.op))
+    stay = np.asarray(some.op & ~winner.op)
+    assert np.max(np.asarray(weights.op)[gone]) <= np.min(np.asarray(weights.op)[stay])
+    capped = mask.thin(GRAPH, alpha, full, 1.0, ops=0, pairs=0, cap=0.05)
+    assert np.all(np.asarray(weights.op)[np.asarray(capped.op & ~winner.op)] >= 0.05)
+    everything = mask.thin(GRAPH, alpha, full, 1.0, ops=0, pairs=0, cap=2.0)
+    assert equal(everything, terminal(GRAPH, alpha, full))
+    assert equal(mask.thin(GRAPH, alpha, some, 1.0, ops=150, pairs=40, cap=1.0), some)
+
+
+def test_pairs_that_fall_take_their_edges_along():
+    alpha, full = random_alpha(4), mask.full(SMALL)
+    alpha = Alpha(alpha.op[:, :5], alpha.pair[:, :4])
+    few = mask.thin(SMALL, alpha, full, 1.0, ops=80, pairs=4, cap=1.0)
+    assert [int(x) for x in mask.alive(SMALL, few)] == [64, 4]  # node 1 keeps one pair: one edge of five is dead
+    assert mask.sizes(SMALL) == ((80, 8), (8, 4))
+    assert mask.sizes(GRAPH) == ((224, 40), (16, 8))

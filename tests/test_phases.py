@@ -85,6 +85,46 @@ def test_a_run_goes_on_on_another_number_of_devices(tmp_path, places):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
+def events(costs: list[str], tolerance: float = 0.05) -> list[Phase]:
+    """The toy, and events before rounds 2, 3, ... of which those called "harmful" would make it answer at random."""
+
+    def phase(start: int, kind: str) -> Phase:
+        def enter(server, plan, key):
+            broken = jax.tree.map(lambda x: -x, server.params)
+            return plan, server._replace(params=broken if kind == "harmful" else server.params)
+
+        return Phase(start, enter, lambda plan: toy.ALGORITHM, kind, tolerance)
+
+    first = Phase(0, lambda server, plan, key: (None, server), lambda plan: toy.ALGORITHM)
+    return [first, *(phase(2 + n, kind) for n, kind in enumerate(costs))]
+
+
+def test_an_event_that_would_cost_too_much_is_put_off_and_the_next_comes_in_its_place(tmp_path):
+    said: list = []
+    whole = toy.run(events(["harmful", "harmless"]), DATA, tmp_path / "run", said, rounds=6)
+    lines = records(said)
+    assert [line.get("event_put_off") for line in lines] == [None, "harmful", None, None, None, None]
+    assert [line.get("event") for line in lines] == [None, None, "harmless", None, None, None]
+    assert lines[1]["event_cost_on_training_images"] > 0.05 >= lines[2]["event_cost_on_training_images"]
+    assert any(isinstance(x, str) and x.startswith("harmful after round 2 is put off until round 3") for x in said)
+    plain = toy.run(events([]), DATA, tmp_path / "plain", [], rounds=6)
+    jax.tree.map(np.testing.assert_array_equal, whole.state, plain.state)
+
+
+def test_a_last_event_is_tried_again_also_by_a_resumed_run(tmp_path):
+    said: list = []
+    toy.run(events(["harmful"]), DATA, tmp_path / "whole", said, rounds=5)
+    assert [line.get("event_put_off") for line in records(said)] == [None, *["harmful"] * 4]
+    again: list = []
+    for stop_after in (3, None):
+        toy.run(events(["harmful"]), DATA, tmp_path / "run", again, rounds=5, stop_after=stop_after)
+    assert without_the_clock(again) == without_the_clock(said)
+    # Where an event may cost what it will, it is entered.
+    free: list = []
+    toy.run(events(["harmful"], tolerance=None), DATA, tmp_path / "free", free, rounds=5)
+    assert records(free)[1]["event_accuracy_after"] < records(free)[1]["event_accuracy_before"]
+
+
 class Policies(NamedTuple):
     """A server that keeps something of every client's."""
 

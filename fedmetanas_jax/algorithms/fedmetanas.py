@@ -26,18 +26,23 @@ def fedmetanas(
     M: int = 1,
     task_lr: float = 0.01,
     task_alpha_lr: float = 1.0,
-    alpha_lr: float = 3e-4,
+    alpha_lr: float | None = None,
+    travel: float = 8.0,
     alpha_weight_decay: float = 1e-3,
-    warmup: float = 0.05,
+    warmup: float = 0.06,
+    anneal: Literal["exponential", "linear"] = "exponential",
     temperature: float = 1.0,
     temperature_end: float = 0.1,
-    temperature_until: float = 0.8,
+    temperature_until: float = 0.25,
     gumbel: bool = True,
-    prune_from: float = 0.3,
-    prune_until: float = 0.8,
-    prune_every: int = 50,
+    prune: Literal["line", "threshold"] = "line",
+    prune_from: float = 0.2,
+    prune_until: float = 0.6,
+    prune_events: int = 18,
     threshold: float = 0.01,
+    cap: float = 0.5,
     terminal: bool = True,
+    prune_tolerance: float | None = 0.02,
     order: Literal[1, 2] = 1,
     tasks: Literal["pairs", "one", "split"] = "pairs",
 ) -> list[Phase]:
@@ -52,30 +57,41 @@ def fedmetanas(
       task_lr: of the weights in the inner steps, plain SGD (Eq. 9).
       task_alpha_lr: of the logits in the inner steps, times the temperature: at every temperature a step
         then moves a logit about as far, since the gradient grows as 1 / temperature.
-      alpha_lr, alpha_weight_decay: the logits' meta optimizer, Adam with betas (0.5, 0.999).
+      alpha_lr, alpha_weight_decay: the logits' meta optimizer, Adam with betas (0.5, 0.999). none = the rate at
+        which a logit can go as far as `travel` between the warm-up and the last event, however long the run is.
       warmup: share of the rounds in which the logits stand still.
-      temperature, temperature_end, temperature_until: linear over that share of the rounds, then constant (D-9).
+      anneal, temperature, temperature_end, temperature_until: how it falls over that share of the rounds; then it is
+        constant (D-9).
       gumbel: Gumbel-softmax (Eq. 1); False is the plain softmax.
-      prune_from, prune_until, prune_every, threshold: events every so many rounds between those shares of
-        the run clear what weighs less than the threshold (D-13, D-14).
+      prune_from, prune_until, prune_events: the server prunes so many times between those shares of the run (D-13).
+      threshold: an event clears what weighs less in a row, noise-free, at the temperature of the round (D-14).
+      prune, cap: "line" lets an event clear further what weighs least, below the cap, until no more is alive than on a
+        straight line from everything at prune_from to a discrete network at prune_until; "threshold" is the paper's.
       terminal: the last event leaves one pair per node and one operation per edge.
+      prune_tolerance: accuracy on the clients' training images that an event may cost; one that would cost more is put
+        off and said, so that pruning is never the reason for a drop. none = any.
       order: 2 differentiates through the inner steps; memory grows with M, time about doubles (D-33).
       tasks: how an epoch is cut into support and query (D-7).
     """
     _check(M=(M, M >= 0, "0 or more"), order=(order, order in (1, 2), "1 or 2"))
     _check(prune_from=(prune_from, 0 <= prune_from <= prune_until <= 1, f"0 to prune_until = {prune_until}, that to 1"))
-    _check(prune_every=(prune_every, prune_every >= 1, "at least 1 round"))
+    _check(prune_events=(prune_events, prune_events >= 1, "at least 1"))
     _check(threshold=(threshold, 0 <= threshold < 1, "from 0 to below 1"))
+    _check(cap=(cap, 0 < cap <= 1, "above 0, at most 1"), warmup=(warmup, 0 <= warmup <= 1, "0 to 1"))
+    _check(alpha_lr=(alpha_lr, alpha_lr is None or alpha_lr >= 0, "none, 0 or more"))
+    _check(travel=(travel, travel >= 0, "0 or more"))
+    bearable = prune_tolerance is None or prune_tolerance >= 0
+    _check(prune_tolerance=(prune_tolerance, bearable, "none, 0 or more"))
     _check(temperature=(temperature, temperature > 0, "positive"))
     _check(temperature_end=(temperature_end, temperature_end > 0, "positive"))
     _check(temperature_until=(temperature_until, 0 < temperature_until <= 1, "above 0, at most 1"))
-    falling = schedule.linear(temperature, temperature_end, temperature_until)
+    graph, falling = space.graph, schedule.SHAPES[anneal](temperature, temperature_end, temperature_until)
 
     def tau(sent: Server):
         return falling(sent.round / setting.rounds)
 
     def mix(sent: Server, alpha, key):  # Eq. 1 and 8
-        return relax.mix(space.graph, alpha, sent.mask, tau(sent), key if gumbel else None)
+        return relax.mix(graph, alpha, sent.mask, tau(sent), key if gumbel else None)
 
     def held(sent: Server):
         return hold(sent.mask, sent.round / setting.rounds >= warmup)
@@ -83,15 +99,24 @@ def fedmetanas(
     def inner(sent: Server):  # Eq. 9: w <- w - task_lr grad, alpha <- alpha - task_alpha_lr tau grad
         return weights_and_alphas(sgd(task_lr), optax.chain(sgd(task_alpha_lr * tau(sent)), held(sent)))
 
-    def client_search(sent: Server, loss):  # Algorithm 1, lines 11 to 18
+    def client_search(sent: Server, loss, steps: int):  # Algorithm 1, lines 11 to 18
+        rate = alpha_lr
+        if rate is None:
+            rate = schedule.travel_rate(travel, (prune_until - warmup) * setting.rounds, steps)
         outer = weights_and_alphas(  # Eq. 10
-            local_sgd(setting, sent.round), optax.chain(adam(alpha_lr, alpha_weight_decay), held(sent))
+            local_sgd(setting, sent.round), optax.chain(adam(rate, alpha_weight_decay), held(sent))
         )
         return maml.gradient(loss, inner(sent), M=M, order=order), outer
 
-    def prune(server: Server, last: bool) -> Mask:  # line 19, on the server (D-12)
-        mask = masks.prune(space.graph, server.alpha, server.mask, tau(server), threshold)
-        return masks.terminal(space.graph, server.alpha, mask) if last and terminal else mask
+    def pruned(server: Server, round: int, last: bool) -> Mask:  # line 19, on the server (D-12)
+        mask = masks.prune(graph, server.alpha, server.mask, tau(server), threshold)
+        if last and terminal:
+            return masks.terminal(graph, server.alpha, mask)
+        if prune == "threshold":
+            return mask
+        share = (round / setting.rounds - prune_from) / max(prune_until - prune_from, 1e-9)
+        ops, pairs = (schedule.alive_at(*ends, share) for ends in zip(*masks.sizes(graph), strict=True))
+        return masks.thin(graph, server.alpha, mask, tau(server), ops=ops, pairs=pairs, cap=cap)
 
     return searching(
         space,
@@ -99,8 +124,9 @@ def fedmetanas(
         mix=mix,
         search=client_search,
         adapt=inner,  # inner steps, one after another over the client's images (D-27)
-        prune=prune,
-        events=schedule.events(setting.rounds, prune_from, prune_until, prune_every),
+        prune=pruned,
+        events=schedule.events(setting.rounds, prune_from, prune_until, prune_events),
+        tolerance=prune_tolerance,
         batches=2,
         tasks=tasks,
         report=lambda server: {"temperature": tau(server)},

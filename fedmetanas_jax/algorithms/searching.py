@@ -36,6 +36,7 @@ def searching(
     adapt: Callable,
     prune: Callable | None = None,
     events: Sequence[int] = (),
+    tolerance: float | None = None,
     batches: int = 1,
     tasks: local.Tasks = "pairs",
     depth: Depth = "epoch",
@@ -46,11 +47,12 @@ def searching(
     Args:
       mix: (sent: Server, alpha, key) -> [cell types, edges, ops], the weight of every operation. key None: without
         noise, as in evaluation.
-      search: (sent, loss) -> (local.Gradient, optimizer), what a client does in a round. They act on
-        {"params": w, "alpha": alpha}; loss is (variables, stats, batch, key) -> (value, (moments, accuracy)).
+      search: (sent, loss, steps) -> (local.Gradient, optimizer), what a client does in a round of so many steps. They
+        act on {"params": w, "alpha": alpha}; loss is (variables, stats, batch, key) -> (value, (moments, accuracy)).
       adapt: (sent,) -> optimizer of the plain gradient by which a client personalises both, `depth` of the way.
-      prune: (server, last) -> Mask, what is alive after an event; `last` says whether it is the last one.
+      prune: (server, round, last) -> Mask, what is alive after an event; `last` says whether it is the last one.
       events: the rounds before which it is called.
+      tolerance: accuracy on training images that an event may cost; one that would cost more is put off.
       batches: how many batches a step of `search` takes, cut into `tasks` (D-7) where they are several.
       report: server -> further numbers for the round's record.
     """
@@ -79,7 +81,8 @@ def searching(
             return local.fit(gradient, optimizer, variables, sent.stats, data, key, **how)
 
         def client_update(sent: Server, own, data, key) -> Reply:
-            variables, stats, metrics = train(*search(sent, loss_of(sent)), sent, data, key)
+            steps = local.steps_a_round(len(data.label), batches, setting, tasks)
+            variables, stats, metrics = train(*search(sent, loss_of(sent), steps), sent, data, key)
             learnt = variables | {"stats": stats}
             change = {part: tree.sub(learnt[part], getattr(sent, part)) for part in learnt}
             return Reply(change, jnp.sum(data.weight), own, (), metrics)
@@ -121,9 +124,9 @@ def searching(
 
     def event(start: int, last: bool) -> Phase:
         def enter(server: Server, plan, key):
-            return plan, server._replace(mask=prune(server, last))
+            return plan, server._replace(mask=prune(server, start, last))
 
-        return Phase(start, enter, make, "prune", smaller)
+        return Phase(start, enter, make, "prune", tolerance, smaller)
 
     first = Phase(0, lambda server, plan, key: (masks.full_plan(graph), None), make)
     return [first, *(event(t, following is None) for t, following in pairwise([*events, None]))]

@@ -18,6 +18,8 @@ from fedmetanas_jax.engine.mesh import padded, put_data, put_state
 from fedmetanas_jax.engine.programs import Conduct, Programs
 from fedmetanas_jax.engine.round import cohort, everyones, init_state, state_shapes, stream_key
 
+WORTH = 0.75  # of a program's multiply-adds, that a smaller one may have to be entered
+
 
 class Course:
     """Where a run stands: its phase, the plan and the programs of that, and the state between two rounds."""
@@ -30,6 +32,7 @@ class Course:
         self._made: dict[tuple, Algorithm] = {}
         self._ahead = Ahead()
         self.at_once = None  # as chosen for this phase before the run was broken off: another choice, other bits
+        self.put_off = None  # the round of the next try at a last phase that was put off
         self.lost = 0  # replies that were left out so far for not being finite
 
     def begin(self, say: Callable[[str], None]) -> None:
@@ -42,7 +45,9 @@ class Course:
             self.state = init_state(algorithm, self.conduct.seed, self.conduct.clients, self.mesh, self.hosted)
         else:
             _, meta, state = restored
-            self.phase, self.plan, self.at_once = meta["phase"], meta["plan"], meta["at_once"]
+            self.phase, self.plan, self.at_once, self.put_off = (
+                meta[name] for name in ("phase", "plan", "at_once", "put_off")
+            )
             self._place_owns(self._algorithm_of(self.phase, self.plan), say)
             say(f"resuming after round {int(state.round)} of {self.conduct.rounds}")
             self.state = state if self.hosted else self._divided(state)
@@ -78,14 +83,18 @@ class Course:
 
         Returns the seconds of compiling that the old programs still had to account for.
         """
-        if self.phase + 1 == len(self.phases) or self.phases[self.phase + 1].start != self.done:
+        if self.done != self._due():
             return self._move_on(line, say)
         before = line.get("server_accuracy") or measure.server_accuracy(self.programs, self.state)
         seconds, clock = self.programs.spent_compiling(), time.perf_counter()
-        self.phase += 1
-        self.at_once = None
-        phase = self.phases[self.phase]
-        self.plan, server = phase.enter(self.state.server, self.plan, self._phase_key(self.phase))
+        phase, key = self.phases[self.phase + 1], self._phase_key(self.phase + 1)
+        plan, server = phase.enter(self.state.server, self.plan, key)
+        if phase.tolerance is not None:
+            cost = measure.cost(self.programs, self.state, server)
+            line["event_cost_on_training_images"] = cost
+            if cost > phase.tolerance:
+                return seconds + self._wait(phase, cost, line, say)
+        self.phase, self.plan, self.at_once, self.put_off = self.phase + 1, plan, None, None
         self._enter(server, line, say)
         seconds += self._move_on(line, say)
         line["event_stall_seconds"] = time.perf_counter() - clock  # beside the compiling that was not done ahead
@@ -95,10 +104,29 @@ class Course:
         say(f"{phase.event} after round {self.done}{accuracy}")
         return seconds
 
+    def _due(self) -> int | None:
+        """The round before which the next phase is entered."""
+        return self.put_off or next((phase.start for phase in self.phases[self.phase + 1 :]), None)
+
+    def _wait(self, phase: Phase, cost: float, line: dict, say: Callable[[str], None]) -> float:
+        """Puts a phase off: the next one comes in its place or, where it is the last, it is tried again later."""
+        if self.phase + 2 < len(self.phases):
+            self.phase += 1
+        else:
+            self.put_off = self.done + max(1, self.conduct.rounds // 50)
+        line["event_put_off"] = phase.event
+        until = self._due()
+        say(
+            f"{phase.event} after round {self.done} is put off until round {until}: it would cost {cost:.4f} of the "
+            f"accuracy on training images, and may cost {phase.tolerance:g}"
+        )
+        return self._move_on(line, say)
+
     def save(self) -> None:
         """A checkpoint of this moment, unless there is one. What clients keep is saved once a client."""
         if self.done not in self.checkpoints.candidates():
             meta = {"phase": self.phase, "plan": self.plan, "at_once": self.programs.at_once}
+            meta["put_off"] = self.put_off
             owns = jax.tree.map(lambda x: x[: self.conduct.clients], self.state.owns)
             self.checkpoints.save(self.done, self.state._replace(owns=owns), meta)
 
@@ -112,7 +140,7 @@ class Course:
         if due is None:
             return 0.0
         plan, server = phase.smaller(self.state.server, self.plan)
-        if json.dumps(plan) == json.dumps(self.plan):
+        if json.dumps(plan) == json.dumps(self.plan) or not self._pays(plan):
             return 0.0
         if self.done < due:
             algorithm = self._algorithm_of(self.phase, plan)
@@ -122,6 +150,12 @@ class Course:
         self.plan = plan
         self._enter(server, line, say)
         return seconds
+
+    def _pays(self, plan) -> bool:
+        """Whether a program of this plan is worth compiling: it spares a quarter of the multiply-adds, or it is the
+        last one and serves for the rest of the run."""
+        last = self.phase + 1 == len(self.phases)
+        return last or self._algorithm_of(self.phase, plan).macs <= WORTH * self.algorithm.macs
 
     def _smaller_from(self) -> int | None:
         """The round before which the phase's smaller program is entered; None where it is not."""
@@ -196,11 +230,10 @@ class Course:
 
     def _next_stop(self, limit: int) -> int:
         conduct, done = self.conduct, self.done
-        stops = [conduct.rounds, limit, done + conduct.block, self._smaller_from() or 0]
+        stops = [conduct.rounds, limit, done + conduct.block, self._smaller_from() or 0, self._due() or 0]
         for every in (conduct.eval_every, conduct.adapt_every, conduct.checkpoint_every):
             if every:
                 stops.append(done - done % every + every)
-        stops += [phase.start for phase in self.phases]
         return min(stop for stop in stops if stop > done)
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedmetanas_jax import tree
-from fedmetanas_jax.core import RoundState
+from fedmetanas_jax.core import RoundState, Tree
 from fedmetanas_jax.engine import evaluate
 from fedmetanas_jax.engine.mesh import OWN, padded, put_data
 from fedmetanas_jax.engine.programs import Programs, floats
@@ -32,6 +32,14 @@ def server_accuracy(programs: Programs, state: RoundState) -> float | None:
     if programs.global_model is None:
         return None
     return programs.accuracies(programs.global_model(state.server), state)[0]
+
+
+def cost(programs: Programs, state: RoundState, server: Tree) -> float:
+    """Accuracy on clients' training images that the state loses with another server; 0 without a global network."""
+    if programs.global_model is None:
+        return 0.0
+    before, after = (programs.training_accuracy(programs.global_model(x), state) for x in (state.server, server))
+    return before - after
 
 
 def adapted(programs: Programs, state: RoundState) -> dict:

@@ -122,13 +122,23 @@ class Programs:
 
     def accuracies(self, net: Net, state: RoundState) -> tuple[float, dict, float]:
         """(server accuracy, local accuracies without adaptation, loss) of one network for everybody."""
+        correct, loss = self._answers(net, state, self.data)
+        local = evaluate.summary(evaluate.local_accuracy(correct, self.data))
+        return float(evaluate.server_accuracy(correct)), floats(local), float(loss)
+
+    def training_accuracy(self, net: Net, state: RoundState) -> float:
+        """Of as many training images as there are test images, drawn from all clients' in this round; by the same
+        program."""
+        last, clients, count = jnp.maximum(state.round - 1, 0), self.conduct.clients, len(self.data.central)
+        rows = evaluate.calibration_rows(self.data, state.seed, last, clients, count)
+        return float(evaluate.server_accuracy(self._answers(net, state, self.data._replace(central=rows))[0]))
+
+    def _answers(self, net: Net, state: RoundState, data: FederatedData) -> evaluate.Correct:
         last = jnp.maximum(state.round - 1, 0)
         rows = None
         if self.conduct.bn_eval == "recalibrated":
             rows = evaluate.calibration_rows(self.data, state.seed, last, self.conduct.cohort)
-        correct, loss = self("evaluation", net, self.data, rows)
-        local = evaluate.summary(evaluate.local_accuracy(correct, self.data))
-        return float(evaluate.server_accuracy(correct)), floats(local), float(loss)
+        return self("evaluation", net, data, rows)
 
 
 def floats(summary: dict) -> dict:

@@ -8,6 +8,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedmetanas_jax.core import Alpha, Array, Graph, Mask, Plan
 from fedmetanas_jax.nas import relax
@@ -37,6 +38,32 @@ def prune(graph: Graph, alpha: Alpha, mask: Mask, temperature, threshold: float)
     return _without_dead_edges(graph, Mask(op, pair))
 
 
+def thin(graph: Graph, alpha: Alpha, mask: Mask, temperature, *, ops: int, pairs: int, cap: float) -> Mask:
+    """Clears the smallest noise-free weights, one after another over all rows, until at most `ops` operations and
+    `pairs` pairs are alive, but none that weighs `cap` or more and never the largest of a row.
+
+    Pairs first: an edge left in no pair takes its operations along. What weighs least in its row is removed first, so
+    that an event changes what is computed as little as it can.
+    """
+    weights = jax.device_get(softmax(graph, alpha, mask, temperature))
+    winner = jax.device_get(relax.best(graph, alpha, mask))
+    pair = _without_smallest(np.array(mask.pair), weights.pair, winner.pair, pairs, cap)
+    live = np.array(live_edges(graph, Mask(mask.op, jnp.asarray(pair))))[..., None]
+    op = _without_smallest(np.array(mask.op) & live, weights.op, winner.op, ops, cap)
+    return Mask(jnp.asarray(op), jnp.asarray(pair))
+
+
+softmax = jax.jit(relax.softmax, static_argnums=0)
+
+
+def _without_smallest(alive: np.ndarray, weight: np.ndarray, winner: np.ndarray, most: int, cap: float) -> np.ndarray:
+    may_go = np.flatnonzero(alive & ~winner & (weight < cap))
+    smallest = may_go[np.argsort(weight.ravel()[may_go], kind="stable")]
+    kept = alive.copy()
+    kept.ravel()[smallest[: max(int(alive.sum()) - most, 0)]] = False
+    return kept
+
+
 @partial(jax.jit, static_argnums=0)
 def terminal(graph: Graph, alpha: Alpha, mask: Mask) -> Mask:
     """One pair per node and one operation on each edge that stays: a discrete network."""
@@ -47,6 +74,13 @@ def terminal(graph: Graph, alpha: Alpha, mask: Mask) -> Mask:
 def alive(graph: Graph, mask: Mask) -> tuple[Array, Array]:
     """[] and [] int32: operations alive on live edges, pairs alive; all cell types together."""
     return jnp.sum(mask.op & live_edges(graph, mask)[..., None]), jnp.sum(mask.pair)
+
+
+def sizes(graph: Graph) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(operations, pairs), all cell types together, of a search that has pruned nothing and of a discrete network."""
+    cells, nodes = len(graph.cell_types), len({node for node, *_ in graph.pairs})
+    edges = 2 * nodes if graph.pairs else len(graph.edges)
+    return (cells * len(graph.edges) * len(graph.ops), cells * len(graph.pairs)), (cells * edges, cells * nodes)
 
 
 def plan_of(graph: Graph, mask: Mask) -> Plan:

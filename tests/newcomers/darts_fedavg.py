@@ -22,14 +22,14 @@ def darts_fedavg(
     def mix(sent, alpha, key):
         return relax.mix(graph, alpha, sent.mask, 1.0)
 
-    def search(sent, loss):
+    def search(sent, loss, steps):
         alphas = adam(alpha_lr, alpha_weight_decay)
         return local.plain(loss), weights_and_alphas(local_sgd(setting, sent.round), alphas)
 
     def adapt(sent):
         return weights_and_alphas(sgd(setting.finetune_lr), hold(sent.mask, False))
 
-    def prune(server, last):
+    def prune(server, round, last):
         return masks.terminal(graph, server.alpha, server.mask)
 
     events = [round(cut * setting.rounds)]
