@@ -36,13 +36,13 @@ def fedmetanas(
     temperature_until: float = 0.25,
     gumbel: bool = True,
     prune: Literal["line", "threshold"] = "line",
-    prune_from: float = 0.2,
-    prune_until: float = 0.6,
+    prune_from: float = 0.28,
+    prune_until: float = 0.64,
     prune_events: int = 18,
     threshold: float = 0.01,
-    cap: float = 0.5,
+    cap: float = 0.25,
     terminal: bool = True,
-    prune_tolerance: float | None = 0.02,
+    prune_tolerance: float | None = 0.01,
     order: Literal[1, 2] = 1,
     tasks: Literal["pairs", "one", "split"] = "pairs",
 ) -> list[Phase]:
@@ -65,8 +65,9 @@ def fedmetanas(
       gumbel: Gumbel-softmax (Eq. 1); False is the plain softmax.
       prune_from, prune_until, prune_events: the server prunes so many times between those shares of the run (D-13).
       threshold: an event clears what weighs less in a row, noise-free, at the temperature of the round (D-14).
-      prune, cap: "line" lets an event clear further what weighs least, below the cap, until no more is alive than on a
-        straight line from everything at prune_from to a discrete network at prune_until; "threshold" is the paper's.
+      prune, cap: "line" lets an event clear further what weighs least, until no more is alive than on a straight line
+        from everything at prune_from to a discrete network at prune_until; but nothing that weighs more than a bound,
+        which grows from the cap to 1 in that time, by equal factors. "threshold" is the paper's rule alone.
       terminal: the last event leaves one pair per node and one operation per edge.
       prune_tolerance: accuracy on the clients' training images that an event may cost; one that would cost more is put
         off and said, so that pruning is never the reason for a drop. none = any.
@@ -116,7 +117,8 @@ def fedmetanas(
             return mask
         share = (round / setting.rounds - prune_from) / max(prune_until - prune_from, 1e-9)
         ops, pairs = (schedule.alive_at(*ends, share) for ends in zip(*masks.sizes(graph), strict=True))
-        return masks.thin(graph, server.alpha, mask, tau(server), ops=ops, pairs=pairs, cap=cap)
+        bound = cap ** (1 - share)
+        return masks.thin(graph, server.alpha, mask, tau(server), ops=ops, pairs=pairs, cap=bound)
 
     return searching(
         space,

@@ -18,7 +18,11 @@ from fedmetanas_jax.engine.mesh import padded, put_data, put_state
 from fedmetanas_jax.engine.programs import Conduct, Programs
 from fedmetanas_jax.engine.round import cohort, everyones, init_state, state_shapes, stream_key
 
-WORTH = 0.75  # of a program's multiply-adds, that a smaller one may have to be entered
+# Multiply-adds that a smaller program must spare to be compiled: about what is done in the time that compiling takes,
+# 25 s at 8 G a second on two CPU cores, and a minute of an accelerator. A count and no time, so that a resumed run
+# decides as an unbroken one.
+COMPILING = {"cpu": 2e11}
+COMPILING_ELSEWHERE = 5e14
 
 
 class Course:
@@ -32,6 +36,7 @@ class Course:
         self._made: dict[tuple, Algorithm] = {}
         self._ahead = Ahead()
         self.at_once = None  # as chosen for this phase before the run was broken off: another choice, other bits
+        self.macs_a_round = 0.0  # of the last round
         self.put_off = None  # the round of the next try at a last phase that was put off
         self.lost = 0  # replies that were left out so far for not being finite
 
@@ -45,8 +50,8 @@ class Course:
             self.state = init_state(algorithm, self.conduct.seed, self.conduct.clients, self.mesh, self.hosted)
         else:
             _, meta, state = restored
-            self.phase, self.plan, self.at_once, self.put_off = (
-                meta[name] for name in ("phase", "plan", "at_once", "put_off")
+            self.phase, self.plan, self.at_once, self.put_off, self.macs_a_round = (
+                meta[name] for name in ("phase", "plan", "at_once", "put_off", "macs_a_round")
             )
             self._place_owns(self._algorithm_of(self.phase, self.plan), say)
             say(f"resuming after round {int(state.round)} of {self.conduct.rounds}")
@@ -68,7 +73,9 @@ class Course:
         saved, allowed = self.checkpoints.candidates(), self.conduct.aggregate.allowed
         self.lost = report.check_finite(metrics, start, stop, saved, self.lost, allowed)
         self.done = stop
-        return report.lines(metrics, start, stop, seconds, self.phase, self.algorithm)
+        lines = report.lines(metrics, start, stop, seconds, self.phase, self.algorithm)
+        self.macs_a_round = lines[-1]["macs"]
+        return lines
 
     def evaluate(self, line: dict) -> None:
         """Adds what is due after this round to its record."""
@@ -126,7 +133,7 @@ class Course:
         """A checkpoint of this moment, unless there is one. What clients keep is saved once a client."""
         if self.done not in self.checkpoints.candidates():
             meta = {"phase": self.phase, "plan": self.plan, "at_once": self.programs.at_once}
-            meta["put_off"] = self.put_off
+            meta |= {"put_off": self.put_off, "macs_a_round": self.macs_a_round}
             owns = jax.tree.map(lambda x: x[: self.conduct.clients], self.state.owns)
             self.checkpoints.save(self.done, self.state._replace(owns=owns), meta)
 
@@ -152,10 +159,13 @@ class Course:
         return seconds
 
     def _pays(self, plan) -> bool:
-        """Whether a program of this plan is worth compiling: it spares a quarter of the multiply-adds, or it is the
-        last one and serves for the rest of the run."""
-        last = self.phase + 1 == len(self.phases)
-        return last or self._algorithm_of(self.phase, plan).macs <= WORTH * self.algorithm.macs
+        """Whether a program of this plan is worth compiling: it serves for the rest of the run, or spares enough until
+        the last event."""
+        if self.phase + 1 == len(self.phases):
+            return True
+        spared = 1 - self._algorithm_of(self.phase, plan).macs / self.algorithm.macs
+        worth = COMPILING.get(jax.default_backend(), COMPILING_ELSEWHERE)
+        return spared * self.macs_a_round * (self.phases[-1].start - self.done) >= worth
 
     def _smaller_from(self) -> int | None:
         """The round before which the phase's smaller program is entered; None where it is not."""
