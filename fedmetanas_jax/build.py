@@ -23,7 +23,7 @@ from fedmetanas_jax.engine.report import NonFiniteError
 from fedmetanas_jax.files import write_json
 from fedmetanas_jax.options import UsageError
 
-AHEAD = 25  # rounds in which a GPU is expected to have the next program compiled
+AHEAD = 20  # rounds in which a GPU is expected to have the next program compiled; the paper-sized events are 21 apart
 FAILURES = (UsageError, sources.DataError, records.WorkdirError, CheckpointError, NonFiniteError)
 CACHE = "~/.cache/fedmetanas_jax/xla"  # compiled programs, unless JAX_COMPILATION_CACHE_DIR says otherwise
 

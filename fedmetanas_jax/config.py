@@ -93,7 +93,7 @@ class Config:
     compile_ahead: int = _field(
         -1,
         "rounds between a prune event and its smaller program, which is compiled meanwhile; 0: the run waits for it; "
-        "-1: 0 on CPU, else 25",
+        "-1: 0 on CPU, else 20",
         least=-1,
         how=True,
     )

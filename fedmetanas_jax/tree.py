@@ -73,6 +73,11 @@ def all_finite(a: Tree) -> Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats] or [jnp.array(True)]))
 
 
+def form(a: Tree) -> tuple:
+    """Structure, shapes and types, to be compared."""
+    return jax.tree.structure(a), [(x.shape, x.dtype) for x in jax.tree.leaves(a)]
+
+
 def nbytes(a: Tree) -> int:
     """Bytes of all leaves (arrays or their ShapeDtypeStructs)."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(a))

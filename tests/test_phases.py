@@ -99,6 +99,35 @@ def events(costs: list[str], tolerance: float = 0.05) -> list[Phase]:
     return [first, *(phase(2 + n, kind) for n, kind in enumerate(costs))]
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_an_event_that_was_put_off_ends_in_its_smaller_program(tmp_path, ahead):
+    """Before round 4 the event would break the network; then it does not."""
+
+    def enter(server, plan, key):
+        broken = jax.tree.map(lambda x: -x, server.params)
+        return plan, server._replace(params=broken if server.round < 4 else server.params)
+
+    def smaller(server, plan):
+        return "small", server
+
+    def make(plan):
+        return toy.ALGORITHM._replace(macs=1 if plan == "small" else 2)
+
+    first = Phase(0, lambda server, plan, key: ("full", server), make)
+    phases = [first, Phase(2, enter, make, "prune", 0.05, smaller)]
+    for name, stops in (("whole", (None,)), ("broken off", (3, 1, None))):
+        said: list = []
+        for stop_after in stops:
+            how = {"rounds": 7, "compile_ahead": ahead, "stop_after": stop_after}
+            outcome = toy.run(phases, DATA, tmp_path / name, said, **how)
+        lines = records(said)
+        assert [line["round"] for line in lines if "event_put_off" in line] == [2, 3]
+        assert [line["round"] for line in lines if "event" in line] == [4]
+        assert outcome.plan == "small"
+        small = [line["macs"] == 3 * line["image_gradients"] for line in lines]
+        assert small == [False] * (4 + ahead) + [True] * (3 - ahead)
+
+
 def test_an_event_that_would_cost_too_much_is_put_off_and_the_next_comes_in_its_place(tmp_path):
     said: list = []
     whole = toy.run(events(["harmful", "harmless"]), DATA, tmp_path / "run", said, rounds=6)

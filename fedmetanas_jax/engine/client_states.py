@@ -10,8 +10,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fedmetanas_jax import tree
-from fedmetanas_jax.core import Array, Tree
-from fedmetanas_jax.engine.mesh import free_bytes
+from fedmetanas_jax.core import Array, RoundState, Tree
+from fedmetanas_jax.engine.mesh import free_bytes, padded, put_state
 
 SHARE_OF_MEMORY = 0.4  # of a device's free memory that clients' states may take before they move to the host
 
@@ -49,6 +49,12 @@ def _place(x: Array, clients: Array) -> tuple[Array, Array]:
     """Where in this device's share x the clients are, and whether they are there at all."""
     mine = clients - jax.lax.axis_index("clients") * x.shape[0]
     return mine, (mine >= 0) & (mine < x.shape[0])
+
+
+def divided(state: RoundState, clients: int, mesh: Mesh | None) -> RoundState:
+    """A state with one row a client, filled up to equal shares of the devices and put there."""
+    rows = np.arange(padded(clients, mesh)) % clients
+    return put_state(state._replace(owns=tree.take(state.owns, rows)), mesh)
 
 
 def put_on_host(states: Tree, clients: np.ndarray, rows: Tree) -> None:

@@ -14,7 +14,7 @@ from fedmetanas_jax.core import Algorithm, FederatedData, Phase, RoundState, Tre
 from fedmetanas_jax.engine import client_states, measure, report
 from fedmetanas_jax.engine.ahead import Ahead
 from fedmetanas_jax.engine.checkpoint import Checkpoints
-from fedmetanas_jax.engine.mesh import padded, put_data, put_state
+from fedmetanas_jax.engine.mesh import put_data
 from fedmetanas_jax.engine.programs import Conduct, Programs
 from fedmetanas_jax.engine.round import cohort, everyones, init_state, state_shapes, stream_key
 
@@ -23,6 +23,7 @@ from fedmetanas_jax.engine.round import cohort, everyones, init_state, state_sha
 # decides as an unbroken one.
 COMPILING = {"cpu": 2e11}
 COMPILING_ELSEWHERE = 5e14
+SAVED = ("phase", "plan", "at_once", "entered", "put_off", "macs_a_round")  # of a Course, beside its state
 
 
 class Course:
@@ -36,6 +37,7 @@ class Course:
         self._made: dict[tuple, Algorithm] = {}
         self._ahead = Ahead()
         self.at_once = None  # as chosen for this phase before the run was broken off: another choice, other bits
+        self.entered = 0  # the round before which the phase was entered: its start, unless it was put off
         self.macs_a_round = 0.0  # of the last round
         self.put_off = None  # the round of the next try at a last phase that was put off
         self.lost = 0  # replies that were left out so far for not being finite
@@ -50,15 +52,14 @@ class Course:
             self.state = init_state(algorithm, self.conduct.seed, self.conduct.clients, self.mesh, self.hosted)
         else:
             _, meta, state = restored
-            self.phase, self.plan, self.at_once, self.put_off, self.macs_a_round = (
-                meta[name] for name in ("phase", "plan", "at_once", "put_off", "macs_a_round")
-            )
+            for name in SAVED:
+                setattr(self, name, meta[name])
             self._place_owns(self._algorithm_of(self.phase, self.plan), say)
             say(f"resuming after round {int(state.round)} of {self.conduct.rounds}")
-            self.state = state if self.hosted else self._divided(state)
+            self.state = state if self.hosted else client_states.divided(state, self.conduct.clients, self.mesh)
         self.done = int(self.state.round)
         self._load_programs(say)
-        self._move_on({}, say)
+        self._move_on({}, say, resumed=True)
 
     def advance(self, limit: int) -> list[dict]:
         """Runs the rounds up to the next one after which the host has something to do -> their records."""
@@ -101,7 +102,7 @@ class Course:
             line["event_cost_on_training_images"] = cost
             if cost > phase.tolerance:
                 return seconds + self._wait(phase, cost, line, say)
-        self.phase, self.plan, self.at_once, self.put_off = self.phase + 1, plan, None, None
+        self.phase, self.entered, self.plan, self.at_once, self.put_off = self.phase + 1, self.done, plan, None, None
         self._enter(server, line, say)
         seconds += self._move_on(line, say)
         line["event_stall_seconds"] = time.perf_counter() - clock  # beside the compiling that was not done ahead
@@ -118,7 +119,7 @@ class Course:
     def _wait(self, phase: Phase, cost: float, line: dict, say: Callable[[str], None]) -> float:
         """Puts a phase off: the next one comes in its place or, where it is the last, it is tried again later."""
         if self.phase + 2 < len(self.phases):
-            self.phase += 1
+            self.phase, self.entered = self.phase + 1, self.done
         else:
             self.put_off = self.done + max(1, self.conduct.rounds // 50)
         line["event_put_off"] = phase.event
@@ -132,19 +133,20 @@ class Course:
     def save(self) -> None:
         """A checkpoint of this moment, unless there is one. What clients keep is saved once a client."""
         if self.done not in self.checkpoints.candidates():
-            meta = {"phase": self.phase, "plan": self.plan, "at_once": self.programs.at_once}
-            meta |= {"put_off": self.put_off, "macs_a_round": self.macs_a_round}
+            meta = {name: getattr(self, name) for name in SAVED} | {"at_once": self.programs.at_once}
             owns = jax.tree.map(lambda x: x[: self.conduct.clients], self.state.owns)
             self.checkpoints.save(self.done, self.state._replace(owns=owns), meta)
 
-    def _move_on(self, line: dict, say: Callable[[str], None]) -> float:
+    def _move_on(self, line: dict, say: Callable[[str], None], resumed: bool = False) -> float:
         """Moves to the smallest program that the server calls for, if that is due; else has it compiled meanwhile.
 
         It is due `compile_ahead` rounds after the event that called for it, unless the next phase comes before:
-        a function of the round's number, so that a resumed run does what an unbroken one does.
+        a function of the round's number, so that a resumed run does what an unbroken one does. It is decided there
+        and then; only a run that was resumed with a shorter wait, past its last event, catches up.
         """
         phase, due = self.phases[self.phase], self._smaller_from()
-        if due is None:
+        late = resumed and self.phase + 1 == len(self.phases)
+        if due is None or not (self.done in (self.entered, due) or (resumed and self.done < due) or late):
             return 0.0
         plan, server = phase.smaller(self.state.server, self.plan)
         if json.dumps(plan) == json.dumps(self.plan) or not self._pays(plan):
@@ -170,9 +172,9 @@ class Course:
     def _smaller_from(self) -> int | None:
         """The round before which the phase's smaller program is entered; None where it is not."""
         phase, following = self.phases[self.phase], self.phases[self.phase + 1 : self.phase + 2]
-        due = phase.start + self.conduct.compile_ahead
+        due = self.entered + self.conduct.compile_ahead
         until = following[0].start if following else self.conduct.rounds
-        return due if phase.smaller is not None and (due < until or due == phase.start) else None
+        return due if phase.smaller is not None and (due < until or due == self.entered) else None
 
     def _enter(self, server: Tree, line: dict, say: Callable[[str], None]) -> None:
         """Goes on with this server under self.plan; clients start anew where what they keep has another form."""
@@ -181,14 +183,14 @@ class Course:
         if algorithm is self.algorithm:
             return
         wanted = jax.eval_shape(algorithm.init, jax.random.key(0))[1]
-        if _form(wanted) != _form(jax.eval_shape(lambda x: tree.take(x, 0), self.state.owns)):
+        if tree.form(wanted) != tree.form(jax.eval_shape(lambda x: tree.take(x, 0), self.state.owns)):
             self._place_owns(algorithm, say)
             own = jax.jit(algorithm.init)(self._phase_key(self.phase))[1]
             self.state = self.state._replace(owns=everyones(own, self.conduct.clients))
             if self.hosted:
                 self.state = self.state._replace(owns=jax.tree.map(np.array, self.state.owns))
             else:
-                self.state = self._divided(self.state)
+                self.state = client_states.divided(self.state, self.conduct.clients, self.mesh)
             say(f"what clients keep has another form from round {self.done + 1} on: all start anew")
         self._load_programs(say)
         line["compile_seconds_ahead"] = self.programs.seconds_ahead
@@ -207,11 +209,6 @@ class Course:
         algorithm = self._algorithm_of(meta["phase"], meta["plan"])
         self._place_owns(algorithm, lambda text: None)
         return state_shapes(algorithm, self.conduct.clients, None, self.hosted)
-
-    def _divided(self, state: RoundState) -> RoundState:
-        """A state with one row a client, filled up to equal shares of the devices and put there."""
-        rows = np.arange(padded(self.conduct.clients, self.mesh)) % self.conduct.clients
-        return put_state(state._replace(owns=tree.take(state.owns, rows)), self.mesh)
 
     def _place_owns(self, algorithm: Algorithm, say: Callable[[str], None]) -> None:
         nbytes = tree.nbytes(state_shapes(algorithm, self.conduct.clients, self.mesh).owns)
@@ -249,8 +246,3 @@ class Course:
 
 def _due(done: int, every: int, last: int | None) -> bool:
     return done == last or (every > 0 and done % every == 0)
-
-
-def _form(own: Tree) -> tuple:
-    """Structure, shapes and types of what one client keeps."""
-    return jax.tree.structure(own), [(x.shape, x.dtype) for x in jax.tree.leaves(own)]
