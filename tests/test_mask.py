@@ -124,12 +124,18 @@ def test_counts_and_plan_ignore_operations_of_dead_edges():
 
 def test_confidence_is_the_mean_largest_probability_of_live_edges():
     full = mask.full(SMALL)
-    assert mask.confidence(SMALL, two_nodes(), full) == pytest.approx(1 / 8)
+    assert mask.confidence(SMALL, two_nodes(), full) == (pytest.approx(1 / 8), pytest.approx(1 / 8))
     alpha = two_nodes((9.0, 0.0, 0.0))
     alpha = Alpha(alpha.op.at[0, 0, 2].set(2.0), alpha.pair)  # e^2 / (e^2 + 7) = .5135
     pruned = prune(SMALL, alpha, full, 1.0, 0.01)
-    assert mask.confidence(SMALL, alpha, pruned) == pytest.approx((0.513523 + 8 / 8) / 9, rel=1e-5)
-    assert mask.confidence(SMALL, alpha, terminal(SMALL, alpha, full)) == 1
+    both = pytest.approx((0.513523 + 8 / 8) / 9, rel=1e-5)
+    assert mask.confidence(SMALL, alpha, pruned) == (both, both)
+    assert mask.confidence(SMALL, alpha, terminal(SMALL, alpha, full)) == (1, 1)
+    # An edge that pruning alone has decided raises the first and leaves the second.
+    decided = pruned._replace(op=pruned.op.at[0, 1, 1:].set(False))
+    every, undecided = mask.confidence(SMALL, alpha, decided)
+    assert every == pytest.approx((0.513523 + 1 + 7 / 8) / 9, rel=1e-5)
+    assert undecided == pytest.approx((0.513523 + 7 / 8) / 8, rel=1e-5)
 
 
 def test_pruning_is_the_same_with_and_without_jit():

@@ -97,8 +97,9 @@ def searching(
 
         def measures(server: Server) -> dict:
             ops, pairs = masks.alive(graph, server.mask)
+            every, undecided = masks.confidence(graph, server.alpha, server.mask)
             alive = {"ops_alive": ops, "pairs_alive": pairs}
-            return alive | {"alpha_max": masks.confidence(graph, server.alpha, server.mask)} | report(server)
+            return alive | {"alpha_max": every, "alpha_max_undecided": undecided} | report(server)
 
         return Algorithm(
             init=init,

@@ -20,6 +20,7 @@ ALIVE = (("operations", "ops_alive", None, "#0072B2", "-"), ("pairs", "pairs_ali
 RELAXATION = (
     ("temperature", "temperature", None, "#D55E00", "-"),
     ("largest alpha probability, mean", "alpha_max", None, "#0072B2", "--"),
+    ("the same of undecided edges", "alpha_max_undecided", None, "#0072B2", ":"),
 )
 PANELS = (  # y axis, its series (label, key, entry of the key's dict, colour, line), factor, relative height
     ("accuracy (%)", ACCURACIES, 100, 2),

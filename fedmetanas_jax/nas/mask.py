@@ -95,14 +95,18 @@ def full_plan(graph: Graph) -> Plan:
 
 
 @partial(jax.jit, static_argnums=0)
-def confidence(graph: Graph, alpha: Alpha, mask: Mask) -> Array:
-    """[]: the probability that a Gumbel draw picks the argmax, averaged over live edges.
+def confidence(graph: Graph, alpha: Alpha, mask: Mask) -> tuple[Array, Array]:
+    """[] and []: the probability that a Gumbel draw picks the argmax, averaged over all live edges, and over those that
+    still have several operations, 1 where none has: pruning alone raises the first.
 
     That is an edge's largest softmax weight at temperature 1, whatever the temperature of the draw.
     """
     live = live_edges(graph, mask)
+    undecided = live & (jnp.sum(mask.op, axis=-1) > 1)
     largest = jnp.max(relax.softmax(graph, alpha, mask, 1.0).op, axis=-1)
-    return jnp.sum(largest, where=live) / jnp.sum(live)
+    every = jnp.sum(largest, where=live) / jnp.sum(live)
+    some = jnp.sum(largest, where=undecided) / jnp.maximum(jnp.sum(undecided), 1)
+    return every, jnp.where(jnp.any(undecided), some, 1.0)
 
 
 def _without_dead_edges(graph: Graph, mask: Mask) -> Mask:
