@@ -27,6 +27,7 @@ import numpy as np
 import optax
 import torch
 from command import Flag
+from timing.cases import SCHEDULE
 from torch_bench import convert, rounds
 from torch_bench.supernet import Supernet, mix
 
@@ -94,7 +95,7 @@ def compare(size: dict, batch: int, M: int, dtype) -> list[float]:
     space = darts_space(shape=SHAPE, classes=CLASSES, dtype=dtype, **PIXELS, **size)
     setting = Setting(rounds=ROUNDS, epochs=1, batch=batch, augment=lambda key, image: image, clip=5.0)
     plan = masks.full_plan(space.graph)
-    algorithm, net = fedmetanas(space, setting, M=M)[0].make(plan), space.make(plan)
+    algorithm, net = fedmetanas(space, setting, M=M, **SCHEDULE)[0].make(plan), space.make(plan)
     server, own = jax.jit(algorithm.init)(jax.random.key(1))
     parts = {name: getattr(server, name) for name in ("params", "stats", "alpha")}
     parts = jax.tree.map(lambda x: x.astype(dtype), parts)

@@ -22,6 +22,7 @@ from fedmetanas_jax.nas import relax
 
 torch = pytest.importorskip("torch", reason="the rival needs PyTorch: pip install '.[bench]'")
 
+from timing.cases import SCHEDULE  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 from torch_bench import convert, rounds  # noqa: E402
 from torch_bench.supernet import Supernet, gumbel, mix  # noqa: E402
@@ -209,7 +210,7 @@ def test_discrete_network_is_that_of_the_same_plan():
 def client(request):
     """M, the algorithm with M inner steps, and a client's compiled round: -> what it has learnt by part, and loss."""
     setting = Setting(rounds=ROUNDS, epochs=1, batch=BATCH, augment=lambda key, image: image, clip=5.0)
-    phase = fedmetanas(space(jnp.float64, ROUND_LENGTH), setting, M=request.param)[0]
+    phase = fedmetanas(space(jnp.float64, ROUND_LENGTH), setting, M=request.param, **SCHEDULE)[0]
     made = phase.make(masks.full_plan(GRAPH))
 
     @jax.jit

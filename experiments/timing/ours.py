@@ -10,7 +10,7 @@ from fedmetanas_jax.core import FederatedData, Mask, RoundState, Setting
 from fedmetanas_jax.engine import records
 from fedmetanas_jax.engine.round import init_state, make_round
 from fedmetanas_jax.models.darts import darts_space
-from timing.cases import ROUND, ROUNDS, Case, Variant, images, plan_and_mask
+from timing.cases import ROUND, ROUNDS, SCHEDULE, Case, Variant, images, plan_and_mask
 
 describe = records.versions
 
@@ -54,7 +54,7 @@ def federation(case: Case, variant: Variant, seed: int) -> tuple:
     dtype = jnp.dtype(case.dtype).type
     space = darts_space(shape=case.image, classes=case.classes, mean=half, std=half, dtype=dtype, **size)
     setting = Setting(rounds=ROUNDS, epochs=1, batch=case.batch, augment=lambda key, image: image, clip=5.0)
-    algorithm = fedmetanas(space, setting, M=case.M)[0].make(plan)
+    algorithm = fedmetanas(space, setting, M=case.M, **SCHEDULE)[0].make(plan)
     state: RoundState = init_state(algorithm, seed, case.clients)
     server = state.server._replace(round=jnp.int32(ROUND), mask=Mask(jnp.asarray(op), jnp.asarray(pair)))
 
