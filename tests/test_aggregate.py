@@ -93,6 +93,8 @@ def test_a_stage_after_the_mean_sees_one_change():
         ("mean:3", "mean takes no numbers"),
         ("clip:1", "exactly one stage must be mean"),
         ("mean,mean", "exactly one stage must be mean"),
+        ("mean,clip:5", "clip comes after the mean"),
+        ("clip:5,clip:3,mean", "clip stands there twice"),
         ("", "no stage ''"),
     ],
 )

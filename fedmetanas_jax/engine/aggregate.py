@@ -110,8 +110,12 @@ def parse(text: str) -> Aggregate:
         except ValueError as error:
             raise ValueError(f"aggregate={text!r}: {name} takes {_wanted(name)} ({error})") from None
         names.append(name)
+    if twice := sorted({name for name in names if names.count(name) > 1} - set(REDUCING)):
+        raise ValueError(f"aggregate={text!r}: {twice[0]} stands there twice; each stage may come once")
     if sum(name in REDUCING for name in names) != 1:
         raise ValueError(f"aggregate={text!r}: exactly one stage must be {' or '.join(REDUCING)}; it makes one of many")
+    if names[-1] not in REDUCING:  # these stages read one change a client
+        raise ValueError(f"aggregate={text!r}: {names[-1]} comes after the mean, where no client's change is left")
     return chain(*stages)
 
 

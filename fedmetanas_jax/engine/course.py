@@ -19,8 +19,8 @@ from fedmetanas_jax.engine.programs import Conduct, Programs
 from fedmetanas_jax.engine.round import cohort, everyones, init_state, state_shapes, stream_key
 
 # Multiply-adds that a smaller program must spare to be compiled: about what is done in the time that compiling takes,
-# 25 s at 8 G a second on two CPU cores, and a minute of an accelerator. A count and no time, so that a resumed run
-# decides as an unbroken one.
+# 25 s at 8 G a second on two CPU cores (measured), a minute at 8 T a second elsewhere (not measured). A count and no
+# time, so that a resumed run decides as an unbroken one.
 COMPILING = {"cpu": 2e11}
 COMPILING_ELSEWHERE = 5e14
 SAVED = ("phase", "plan", "at_once", "entered", "put_off", "macs_a_round")  # of a Course, beside its state
