@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from fedmetanas_jax.core import Aggregate, Algorithm, FederatedData, Net, RoundState
 from fedmetanas_jax.engine import evaluate
-from fedmetanas_jax.engine.mesh import free_bytes
+from fedmetanas_jax.engine.mesh import free_bytes, put_data
 from fedmetanas_jax.engine.round import MEAN, make_round
 
 
@@ -131,7 +131,8 @@ class Programs:
         program."""
         last, clients, count = jnp.maximum(state.round - 1, 0), self.conduct.clients, len(self.data.central)
         rows = evaluate.calibration_rows(self.data, state.seed, last, clients, count)
-        return float(evaluate.server_accuracy(self._answers(net, state, self.data._replace(central=rows))[0]))
+        data = self.data._replace(central=put_data(rows, self.mesh))
+        return float(evaluate.server_accuracy(self._answers(net, state, data)[0]))
 
     def _answers(self, net: Net, state: RoundState, data: FederatedData) -> evaluate.Correct:
         last = jnp.maximum(state.round - 1, 0)
