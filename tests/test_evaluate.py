@@ -8,6 +8,7 @@ import toy
 
 from fedmetanas_jax.core import Net
 from fedmetanas_jax.engine import evaluate as engine
+from fedmetanas_jax.engine.mesh import OWN, clients_mesh, put_data
 from fedmetanas_jax.engine.round import cohort, init_state, stream_key, train_examples
 
 CLIENTS, SEED = 7, 5
@@ -44,9 +45,9 @@ def by_hand(net, image, label, mean):
 def test_one_pass_answers_every_central_image_once(data, net, batch):
     image, label = np.asarray(data.image[60:]), np.asarray(data.label[60:])
     want, losses = by_hand(net, image, label, np.float64(net.stats["mean"]))
-    got = engine.make_evaluate(toy.ALGORITHM, batch=batch, bn_eval="running")(net, data, None)
+    got = engine.make_evaluate(toy.ALGORITHM, batch=batch, bn_eval="running")(net, data, data.central, 23, None)
     np.testing.assert_array_equal(got.correct, want)
-    assert got.loss == pytest.approx(losses.mean(), rel=1e-4)
+    np.testing.assert_allclose(got.loss, losses, rtol=1e-4)
     assert engine.server_accuracy(got.correct) == pytest.approx(want.mean())
     assert 0 < want.mean() < 1
 
@@ -57,9 +58,9 @@ def test_batch_moments_are_those_of_real_images_in_the_filled_up_chunk_too(data,
     correct, losses = zip(
         *[by_hand(net, image[r], label[r], pixels(image[r]).mean(0)) for r in rows], strict=True
     )
-    got = engine.make_evaluate(toy.ALGORITHM, batch=10, bn_eval="batch")(net, data, None)
+    got = engine.make_evaluate(toy.ALGORITHM, batch=10, bn_eval="batch")(net, data, data.central, 23, None)
     np.testing.assert_array_equal(got.correct, np.concatenate(correct)[:23])
-    assert got.loss == pytest.approx(np.concatenate(losses)[:23].mean(), rel=1e-4)
+    np.testing.assert_allclose(got.loss, np.concatenate(losses)[:23], rtol=1e-4)
 
 
 def test_recalibrated_moments_are_the_mean_over_full_batches(data, net):
@@ -74,10 +75,31 @@ def test_recalibrated_moments_are_the_mean_over_full_batches(data, net):
 def test_recalibrated_then_evaluates_as_running(data, net):
     rows = jnp.arange(12)
     mean = pixels(data.image[:12]).mean(0)
-    got = engine.make_evaluate(toy.ALGORITHM, batch=6, bn_eval="recalibrated")(net, data, rows)
+    got = engine.make_evaluate(toy.ALGORITHM, batch=6, bn_eval="recalibrated")(net, data, data.central, 23, rows)
     want, losses = by_hand(net, np.asarray(data.image[60:]), np.asarray(data.label[60:]), mean)
     np.testing.assert_array_equal(got.correct, want)
-    assert got.loss == pytest.approx(losses.mean(), rel=1e-4)
+    np.testing.assert_allclose(got.loss, losses, rtol=1e-4)
+
+
+def test_only_the_rows_asked_for_are_answered(data, net):
+    evaluate = engine.make_evaluate(toy.ALGORITHM, batch=4, bn_eval="running")
+    rows, size = jnp.resize(data.central[3:14], 30), 11
+    got = evaluate(net, data, rows, size, None)
+    want = evaluate(net, data, data.central, 23, None)
+    np.testing.assert_array_equal(got.correct[:size], want.correct[3:14])
+    assert not np.any(got.loss[12:])  # a chunk that holds none of them is not computed
+
+
+@pytest.mark.parametrize("size", [1, 14, 23])
+@pytest.mark.parametrize("bn_eval", ["running", "recalibrated"])
+def test_devices_divide_the_rows_and_the_moments(data, net, bn_eval, size):
+    mesh, calibration = clients_mesh(4), jnp.arange(16)
+    one = engine.make_evaluate(toy.ALGORITHM, batch=4, bn_eval=bn_eval)(net, data, data.central, size, calibration)
+    shared = engine.make_evaluate(toy.ALGORITHM, batch=4, bn_eval=bn_eval, mesh=mesh)
+    on = put_data((net, data), mesh)
+    found = shared(*on, engine.divided(data.central, mesh), size, put_data(calibration, mesh, OWN))
+    for name, x in found._asdict().items():
+        np.testing.assert_allclose(engine.in_order(x, mesh)[:size], getattr(one, name)[:size], rtol=1e-5, err_msg=name)
 
 
 def test_unknown_bn_eval_names_the_three(data):

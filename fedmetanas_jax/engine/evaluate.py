@@ -11,22 +11,24 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from fedmetanas_jax.core import Algorithm, Array, Depth, Examples, FederatedData, Net, RoundState
-from fedmetanas_jax.engine.mesh import ALL, OWN, STATE, on_mesh
+from fedmetanas_jax.engine.mesh import ALL, OWN, STATE, on_mesh, padded, put_data
 from fedmetanas_jax.engine.round import apart, cohort, map_some, stream_key, train_examples
 
 BN_EVAL = ("running", "batch", "recalibrated")
 CALIBRATION = 2000  # images that statistics are recalibrated with (D-10)
+JUDGES = 2000  # training images that what an event costs is measured on
 
 
 class Correct(NamedTuple):
-    """What a network makes of the server's test set."""
+    """What a network makes of some images."""
 
-    correct: Array  # [q] bool, in the order of data.central
-    loss: Array  # [] float32, mean cross entropy
+    correct: Array  # [q] bool
+    loss: Array  # [q] float32, cross entropy
 
 
 def check_bn_eval(bn_eval: str) -> None:
@@ -52,37 +54,60 @@ def answers(
 ) -> tuple[Array, Array]:
     """For image [r, h, w, c] and label [r]: answered correctly, [r] bool, and the cross entropy, [r] float32.
 
-    Only the first `size` rows are read; the answers past them repeat. The last chunk is filled up with
-    repeats too and not with blanks, since with train=True it is classified by its own moments.
+    Only the first `size` [] rows are read, and only the chunks that hold them are computed. The last chunk is filled up
+    with repeats and not with blanks, since with train=True it is classified by its own moments; what is returned past
+    `size` means nothing.
     """
     count = label.shape[0]
     batch = min(batch, count)
-    chunks = (jnp.arange(-(-count // batch) * batch) % size).reshape(-1, batch)
+    chunks = (jnp.arange(-(-count // batch) * batch) % jnp.maximum(size, 1)).reshape(-1, batch)
 
-    def chunk(rows: Array) -> tuple[Array, Array]:
+    def chunk(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
+        rows = chunks[i]
         logits = forward(net, image[rows], train)[0].astype(jnp.float32)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, label[rows])
-        return jnp.argmax(logits, -1) == label[rows], loss
+        new = jnp.argmax(logits, -1) == label[rows], loss
+        return jax.tree.map(lambda all_of, some: all_of.at[i].set(some), found, new)
 
-    return jax.tree.map(lambda x: x.reshape(-1)[:count], jax.lax.map(chunk, chunks))
+    nothing = jnp.zeros(chunks.shape, bool), jnp.zeros(chunks.shape)
+    found = jax.lax.fori_loop(0, -(-size // batch), chunk, nothing)
+    return jax.tree.map(lambda x: x.reshape(-1)[:count], found)
 
 
-def make_evaluate(algorithm: Algorithm, *, batch: int, bn_eval: str) -> Callable:
-    """-> evaluate(net, data, calibration_rows [r] int32 of the pool) -> Correct, jitted.
+def make_evaluate(algorithm: Algorithm, *, batch: int, bn_eval: str, mesh: Mesh | None = None) -> Callable:
+    """-> evaluate(net, data, rows [q], size [], calibration [r]) -> Correct of the first `size` rows, jitted.
 
-    `calibration_rows` are read when bn_eval is "recalibrated"; they may be None otherwise.
+    rows, calibration: int32 rows of the pool, as `divided` gives them. On a mesh every device answers a share of them.
+    `calibration` is read when bn_eval is "recalibrated"; it may be None otherwise.
     """
     check_bn_eval(bn_eval)
+    devices = 1 if mesh is None else mesh.size
 
-    @jax.jit
-    def evaluate(net: Net, data: FederatedData, calibration_rows: Array | None) -> Correct:
+    def share(net: Net, data: FederatedData, rows: Array, size: Array, calibration: Array | None) -> Correct:
         if bn_eval == "recalibrated":
-            net = recalibrate(algorithm.forward, net, data.image[calibration_rows], batch)
-        image, label = data.image[data.central], data.label[data.central]
-        correct, loss = answers(algorithm.forward, net, image, label, label.size, batch, bn_eval == "batch")
-        return Correct(correct, jnp.mean(loss))
+            net = recalibrate(algorithm.forward, net, data.image[calibration], batch)
+            if mesh is not None:
+                net = net._replace(stats=jax.lax.pmean(net.stats, mesh.axis_names))
+        place = 0 if mesh is None else jax.lax.axis_index(mesh.axis_names)
+        mine = (size - place + devices - 1) // devices  # rows go round the devices, one to each
+        given = data.image[rows], data.label[rows], mine
+        return Correct(*answers(algorithm.forward, net, *given, batch, bn_eval == "batch"))
 
-    return evaluate
+    return jax.jit(on_mesh(share, mesh, (ALL, ALL, OWN, ALL, OWN), OWN))
+
+
+def divided(rows: Array, mesh: Mesh | None) -> Array:
+    """rows [q] -> [q'] on the devices, which take them in turn: of two, the first has rows 0, 2, 4 ... Repeats fill up
+    the last shares."""
+    devices = 1 if mesh is None else mesh.size
+    rows = np.resize(np.asarray(rows), padded(len(rows), mesh))
+    return put_data(rows.reshape(-1, devices).T.reshape(-1), mesh, OWN)
+
+
+def in_order(found: Array, mesh: Mesh | None) -> np.ndarray:
+    """What was found for the rows of `divided`, in the order they had before."""
+    devices = 1 if mesh is None else mesh.size
+    return np.asarray(found).reshape(devices, -1).T.reshape(-1)
 
 
 @partial(jax.jit, static_argnums=(3, 4))

@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
-from fedmetanas_jax.core import Aggregate, Algorithm, FederatedData, Net, RoundState
+from fedmetanas_jax.core import Aggregate, Algorithm, Array, FederatedData, Net, RoundState
 from fedmetanas_jax.engine import evaluate
-from fedmetanas_jax.engine.mesh import free_bytes, put_data
+from fedmetanas_jax.engine.mesh import OWN, free_bytes, padded, put_data
 from fedmetanas_jax.engine.round import MEAN, make_round
 
 
@@ -74,11 +75,12 @@ class Programs:
         self.seconds_ahead = self._compile("round", state, self.data, jax.ShapeDtypeStruct((), jnp.int32))
         if self.algorithm.global_model is None:
             return
-        rows = None
+        calibration = None
         if self.conduct.bn_eval == "recalibrated":
-            rows = jax.ShapeDtypeStruct((evaluate.CALIBRATION,), jnp.int32)
+            calibration = self._rows_to_come(evaluate.CALIBRATION)
         net = jax.eval_shape(self.algorithm.global_model, state.server)
-        self.seconds_ahead += self._compile("evaluation", net, self.data, rows)
+        given = self._rows_to_come(self._places()), jax.ShapeDtypeStruct((), jnp.int32)
+        self.seconds_ahead += self._compile("evaluation", net, self.data, *given, calibration)
 
     def _compile(self, name: str, *arguments) -> float:
         start = time.perf_counter()
@@ -96,7 +98,7 @@ class Programs:
             shape["aggregate"] = conduct.aggregate
             return make_round(self.algorithm, **shape, **common)
         if name == "evaluation":
-            return evaluate.make_evaluate(self.algorithm, **sizes)
+            return evaluate.make_evaluate(self.algorithm, **sizes, mesh=self.mesh)
         return evaluate.make_personal(self.algorithm, **sizes, **common)
 
     def _compile_as_many_as_fit(self, *arguments):
@@ -122,24 +124,37 @@ class Programs:
 
     def accuracies(self, net: Net, state: RoundState) -> tuple[float, dict, float]:
         """(server accuracy, local accuracies without adaptation, loss) of one network for everybody."""
-        correct, loss = self._answers(net, state, self.data)
-        local = evaluate.summary(evaluate.local_accuracy(correct, self.data))
-        return float(evaluate.server_accuracy(correct)), floats(local), float(loss)
+        correct, loss = self._answers(net, state, self.data.central)
+        local = evaluate.summary(evaluate.local_accuracy(jnp.asarray(correct), self.data))
+        return float(np.mean(correct)), floats(local), float(np.mean(loss))
 
     def training_accuracy(self, net: Net, state: RoundState) -> float:
-        """Of as many training images as there are test images, drawn from all clients' in this round; by the same
-        program."""
-        last, clients, count = jnp.maximum(state.round - 1, 0), self.conduct.clients, len(self.data.central)
-        rows = evaluate.calibration_rows(self.data, state.seed, last, clients, count)
-        data = self.data._replace(central=put_data(rows, self.mesh))
-        return float(evaluate.server_accuracy(self._answers(net, state, data)[0]))
+        """Of training images drawn from all clients' in this round, by the same program."""
+        rows = self._drawn(state, self.conduct.clients, evaluate.JUDGES)
+        return float(np.mean(self._answers(net, state, rows)[0]))
 
-    def _answers(self, net: Net, state: RoundState, data: FederatedData) -> evaluate.Correct:
-        last = jnp.maximum(state.round - 1, 0)
-        rows = None
+    def _answers(self, net: Net, state: RoundState, rows: Array) -> evaluate.Correct:
+        """What the network makes of rows [q] of the pool, of which there are at most as many as the program takes."""
+        calibration = None
         if self.conduct.bn_eval == "recalibrated":
-            rows = evaluate.calibration_rows(self.data, state.seed, last, self.conduct.cohort)
-        return self("evaluation", net, data, rows)
+            drawn = self._drawn(state, self.conduct.cohort, evaluate.CALIBRATION)
+            calibration = put_data(np.resize(drawn, padded(len(drawn), self.mesh)), self.mesh, OWN)
+        given = evaluate.divided(np.resize(rows, self._places()), self.mesh)
+        found = self("evaluation", net, self.data, given, jnp.int32(len(rows)), calibration)
+        return evaluate.Correct(*(evaluate.in_order(x, self.mesh)[: len(rows)] for x in found))
+
+    def _rows_to_come(self, count: int) -> jax.ShapeDtypeStruct:
+        where = None if self.mesh is None else NamedSharding(self.mesh, OWN)
+        return jax.ShapeDtypeStruct((padded(count, self.mesh),), jnp.int32, sharding=where)
+
+    def _places(self) -> int:
+        """Rows that the evaluation takes."""
+        return max(len(self.data.central), evaluate.JUDGES)
+
+    def _drawn(self, state: RoundState, clients: int, count: int) -> np.ndarray:
+        """[count] rows of training images of the last round's cohort, were it of so many clients."""
+        last = jnp.maximum(state.round - 1, 0)
+        return np.asarray(evaluate.calibration_rows(self.data, state.seed, last, clients, count))
 
 
 def floats(summary: dict) -> dict:
