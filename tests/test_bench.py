@@ -209,11 +209,12 @@ def test_a_case_that_fails_whole_is_a_failure(worker, tmp_path, monkeypatch):
     assert [entry["reason"] for entry in json.loads(path.read_text())["results"]] == ["no room"] * 2
 
 
-def test_every_sweep_has_cases_of_distinct_work():
+def test_every_sweep_times_each_work_by_each_variant_once():
     for sweep in bench.SWEEPS.values():
-        works = [json.dumps(case.work()) for case in sweep()]
-        assert len(set(works)) == len(works)
-        assert len({case.name for case in sweep()}) == len(works)
+        asked = [(json.dumps(case.work()), variant) for case in sweep() for variant in case.variants]
+        assert len(set(asked)) == len(asked)
+        assert all(case.variants for case in sweep())
+        assert len({case.name for case in sweep()}) == len({work for work, _ in asked})
     asked = {(case.clients, case.dtype, case.plan) for case in cases.gpu()}
     assert asked >= set(itertools.product((1, 5, 20, 100), ("float32", "bfloat16"), ("full", "terminal")))
 

@@ -55,9 +55,7 @@ def test_one_pass_answers_every_central_image_once(data, net, batch):
 def test_batch_moments_are_those_of_real_images_in_the_filled_up_chunk_too(data, net):
     image, label = np.asarray(data.image[60:]), np.asarray(data.label[60:])
     rows = np.arange(30).reshape(3, 10) % 23  # the last chunk of ten repeats the first seven
-    correct, losses = zip(
-        *[by_hand(net, image[r], label[r], pixels(image[r]).mean(0)) for r in rows], strict=True
-    )
+    correct, losses = zip(*[by_hand(net, image[r], label[r], pixels(image[r]).mean(0)) for r in rows], strict=True)
     got = engine.make_evaluate(toy.ALGORITHM, batch=10, bn_eval="batch")(net, data, data.central, 23, None)
     np.testing.assert_array_equal(got.correct, np.concatenate(correct)[:23])
     np.testing.assert_allclose(got.loss, np.concatenate(losses)[:23], rtol=1e-4)
@@ -114,8 +112,7 @@ def test_unknown_bn_eval_names_the_three(data):
 def test_local_accuracy_gathers_each_clients_valid_rows(data):
     correct = np.random.default_rng(2).integers(0, 2, 23).astype(bool)
     want = [
-        np.mean([correct[row - 60] for row in np.asarray(data.test[k])[: data.test_size[k]]])
-        for k in range(CLIENTS)
+        np.mean([correct[row - 60] for row in np.asarray(data.test[k])[: data.test_size[k]]]) for k in range(CLIENTS)
     ]
     np.testing.assert_allclose(engine.local_accuracy(jnp.asarray(correct), data), want, rtol=1e-6)
 
@@ -158,8 +155,7 @@ def test_adapted_accuracy_is_each_clients_own_net_on_its_own_test_rows(data, bn_
         }[bn_eval]
         want.append(by_hand(net, image, label, mean)[0].mean())
     made = {
-        at_once: engine.make_personal(toy.ALGORITHM, batch=10, bn_eval=bn_eval, at_once=at_once)
-        for at_once in (0, 1)
+        at_once: engine.make_personal(toy.ALGORITHM, batch=10, bn_eval=bn_eval, at_once=at_once) for at_once in (0, 1)
     }
     everyone = jnp.arange(CLIENTS, dtype=jnp.int32)
     for personal in made.values():
