@@ -34,6 +34,7 @@ FLAGS = {
     "list": Flag(bool, False, "show the cases of every sweep"),
     "only": Flag(str, None, "cases whose name holds this text alone"),
     "minutes": Flag(float, None, "to end within; default 5, with --gpu 9"),
+    "together": Flag(bool, False, "build all variants of all cases at the same time, for machines with many cores"),
     "seed": Flag(int, 1, "of weights, images, batches and noise", least=0),
     "repeats": Flag(int, None, "timings of each variant", least=1),
     "out": Flag(str, None, "the JSON file; default results/bench-<hardware>.json"),
@@ -83,25 +84,28 @@ def run(asked: dict, start=Worker) -> None:
     document = results.load(path, machine)
     facts = {"versions": versions, "command": asked["command"], "seed": asked["seed"]}
     say(machine)
-    failed, unfinished = [], []
+    failed, unfinished, due = [], [], []
     for case in asked["cases"]:
-        case = case._replace(repeats=asked["repeats"] or case.repeats)
-        case = case._replace(variants=results.open_variants(document, case, versions, left()))
-        if not case.variants:
+        variants = results.open_variants(document, case, versions, left())
+        if variants:
+            due.append(case._replace(repeats=asked["repeats"] or case.repeats, variants=variants))
+        else:
             say(f"{case.name}: already there")
-            continue
+    for cases in [due] if asked["together"] and due else [[case] for case in due]:
+        names = ", ".join(case.name for case in cases)
         if left() < 20:
-            unfinished.append(case.name)
+            unfinished.append(names)
             continue
-        say(f"{case.name}: {left():.0f} s left")
-        found = measure(case, asked["seed"], left, say, start)
-        for variant, result in zip(case.variants, found, strict=True):
-            results.put(document, case, variant, result, facts)
-            if result["status"] != "done":
-                say(f"  {variant.label}: {result['status']}: {result['reason']}")
+        say(f"{names}: {left():.0f} s left")
+        every = measure(cases, asked["seed"], left, say, start, asked["together"])
+        for case, found in zip(cases, every, strict=True):
+            for variant, result in zip(case.variants, found, strict=True):
+                results.put(document, case, variant, result, facts)
+                if result["status"] != "done":
+                    say(f"  {variant.label}: {result['status']}: {result['reason']}")
+            failed += [case.name] if all(result["status"] == "failed" for result in found) else []
+            unfinished += [case.name] if any(result["status"] == "out of time" for result in found) else []
         results.save(path, document)
-        failed += [case.name] if all(result["status"] == "failed" for result in found) else []
-        unfinished += [case.name] if any(result["status"] == "out of time" for result in found) else []
     if path.exists():
         say(f"{path} and {path.with_suffix('.md')}")
     if unfinished:

@@ -61,7 +61,7 @@ def worker(monkeypatch):
 
 
 def measured(worker, left=lambda: 100.0):
-    return measure(CASE, 1, left, lambda text: None, worker)
+    return measure([CASE], 1, left, lambda text: None, worker)[0]
 
 
 # --- Who runs when ----------------------------------------------------------------------------------
@@ -77,6 +77,15 @@ def test_variants_run_in_turn(worker):
 def test_building_leaves_time_to_run_what_is_built(worker):
     measured(worker)
     assert worker.allowed[:3] == [100, 60, 100]  # 100 s are left; two first runs of 20 s are kept back
+
+
+def test_together_all_cases_are_built_before_the_first_one_runs(worker):
+    other = CASE._replace(name="another", variants=(THEIRS,))
+    worker.replies["ours", "build"] = WorkerError("no room")
+    found = measure([CASE, other], 1, lambda: 100.0, lambda text: None, worker, together=True)
+    asked = [do for _, do in worker.asked if do in ("build", "run")]
+    assert asked == ["build"] * 3 + ["run"] * 4
+    assert [[result["status"] for result in each] for each in found] == [["failed", "done"], ["done"]]
 
 
 def test_a_failure_is_recorded_and_the_others_go_on(worker):
@@ -240,8 +249,8 @@ def test_a_worker_times_a_tiny_round_and_survives_a_bad_request(side):
     case = Case("tiny", 2, 1, 1, (), plan="terminal", **SMALL)
     with Worker(side) as worker:
         with pytest.raises(WorkerError, match="no plan 'half'"):
-            worker.ask(300, "build", case._replace(plan="half"), Variant(side), 1)
-        assert worker.ask(300, "build", case, Variant(side, at_once=2), 1) > 0
+            worker.ask(300, "build", case._replace(plan="half"), Variant(side), 1, True)
+        assert worker.ask(300, "build", case, Variant(side, at_once=2), 1, True) > 0
         ran = [worker.ask(300, "run") for _ in range(2)]
         assert all(np.isfinite(loss) and seconds > 0 for seconds, loss in ran)
         assert ran[0][1] != ran[1][1]  # it has learnt, or at least moved

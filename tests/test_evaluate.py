@@ -151,7 +151,7 @@ def test_adapted_accuracy_is_each_clients_own_net_on_its_own_test_rows(data, bn_
         mean = {
             "running": np.asarray(net.stats["mean"]),
             "batch": pixels(filled).mean(0),
-            "recalibrated": pixels(own.image).mean(0),
+            "recalibrated": pixels(data.image[:20]).mean(0),
         }[bn_eval]
         want.append(by_hand(net, image, label, mean)[0].mean())
     made = {
@@ -159,6 +159,17 @@ def test_adapted_accuracy_is_each_clients_own_net_on_its_own_test_rows(data, bn_
     }
     everyone = jnp.arange(CLIENTS, dtype=jnp.int32)
     for personal in made.values():
-        got = personal(state, everyone, data, jnp.int32(steps))
+        got = personal(state, everyone, data, jnp.int32(steps), jnp.arange(20))
         np.testing.assert_allclose(got, want, rtol=1e-6)
     assert not any(x.is_deleted() for x in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("bn_eval", engine.BN_EVAL[::2])
+def test_without_a_step_of_adaptation_clients_fare_as_with_the_global_network(data, bn_eval):
+    state = init_state(toy.ALGORITHM, SEED, CLIENTS)
+    rows = jnp.arange(20)
+    net = toy.ALGORITHM.global_model(state.server)
+    found = engine.make_evaluate(toy.ALGORITHM, batch=10, bn_eval=bn_eval)(net, data, data.central, 23, rows)
+    personal = engine.make_personal(toy.ALGORITHM, batch=10, bn_eval=bn_eval, at_once=1)
+    got = personal(state, jnp.arange(CLIENTS), data, jnp.int32(0), rows)
+    np.testing.assert_allclose(got, engine.local_accuracy(found.correct[:23], data), rtol=1e-6)

@@ -240,9 +240,7 @@ def test_a_round_moves_nothing_between_host_and_device_and_compiles_once(data, b
 def test_a_block_traces_the_client_once(data):
     chex.clear_trace_counter()
     client_update = chex.assert_max_traces(toy.client_update, n=1)
-    step = engine.make_round(
-        toy.ALGORITHM._replace(client_update=client_update), cohort_size=2, at_once=1, block=3
-    )
+    step = engine.make_round(toy.ALGORITHM._replace(client_update=client_update), cohort_size=2, at_once=1, block=3)
     step.lower(start(), data, jnp.int32(3))
     with pytest.raises(AssertionError, match="traced"):  # the counter counts
         step.lower(start(), jax.tree.map(lambda x: x[:-1] if x.ndim == 4 else x, data), jnp.int32(3))
@@ -340,7 +338,8 @@ def on_several_devices():
         personal = make_personal(toy.ALGORITHM, batch=2, bn_eval="recalibrated", at_once=1, mesh=where)
         state = engine.init_state(toy.ALGORITHM, SEED, CLIENTS, where)
         ids = put_data(jnp.arange(padded(CLIENTS, where), dtype=jnp.int32) % CLIENTS, where, OWN)
-        found.append(np.asarray(personal(state, ids, put_data(data, where), jnp.int32(1)))[:CLIENTS])
+        given = put_data((data, jnp.int32(1), jnp.arange(8)), where)
+        found.append(np.asarray(personal(state, ids, *given))[:CLIENTS])
     same_bits(*found)
 
 

@@ -12,9 +12,9 @@ from timing.cases import ROUND, ROUNDS, Case, Variant, images, plan_and_mask
 
 
 class Side:
-    """A network that is built (and compiled) once and trained as often as asked."""
+    """A network that is built (and compiled) once and trained as often as asked. warm: of no meaning here."""
 
-    def __init__(self, case: Case, variant: Variant, seed: int):
+    def __init__(self, case: Case, variant: Variant, seed: int, warm: bool):
         self.case = case
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(seed)

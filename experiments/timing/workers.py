@@ -4,7 +4,7 @@ one's peak memory is its own.
 What a worker is asked, one thing after another:
 
     describe                     -> dict of facts about the machine and the side
-    build, case, variant, seed   -> seconds of its first run
+    build, case, variant, seed, warm -> seconds of its first run
     run                          -> (seconds, loss)
     report                       -> dict of compile seconds and peak memory
 """
@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from itertools import product
 from multiprocessing.connection import Connection
@@ -113,18 +114,22 @@ def host_peak() -> int:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def measure(case: Case, seed: int, left: Callable[[], float], say: Callable[[str], None], start=Worker) -> list[dict]:
-    """Times all variants of a case in turn -> for each {"status", and seconds and figures or a reason}.
+def measure(
+    cases: list[Case], seed: int, left: Callable[[], float], say: Callable[[str], None], start=Worker, together=False
+) -> list[list[dict]]:
+    """Times all variants of each case in turn -> for each case and variant {"status", and seconds and figures or a
+    reason}.
 
-    left: () -> seconds there are; whoever has been timed once is not timed again when they run out. status:
-    "done", "failed" (would fail again), "out of time".
+    left: () -> seconds there are; whoever has been timed once is not timed again when they run out. together: all are
+    built at the same time, and compiled once: what that took is then not each one's own. status: "done", "failed"
+    (would fail again), "out of time".
     """
-    variants = case.variants
-    workers: dict[int, Worker] = {}  # those that have neither failed nor run out of time, by their variant's place
-    results = [{"status": "done", "seconds": [], "loss": []} for _ in variants]
+    jobs = [(case, variant) for case in cases for variant in case.variants]
+    workers: dict[int, Worker] = {}  # those that have neither failed nor run out of time, by their job's place
+    results = [{"status": "done", "seconds": [], "loss": []} for _ in jobs]
 
     def ask(place: int, seconds: float, request: str, *arguments):
-        """The answer, or None and in the variant's result why there is none."""
+        """The answer, or None and in the job's result why there is none."""
         allowed, result = round(left()), results[place]
         try:
             return workers[place].ask(seconds, request, *arguments)
@@ -137,18 +142,35 @@ def measure(case: Case, seed: int, left: Callable[[], float], say: Callable[[str
                 result |= {"status": status, "reason": str(error), "allowed_seconds": allowed}
             del workers[place]
 
-    kept = 0.0  # seconds for one timing of what is built, which building more must leave
+    def build(place: int, kept: float) -> float:
+        case, variant = jobs[place]
+        say(f"  building {variant.label}")
+        return ask(place, left() - kept, "build", case, variant, seed, not together) or 0
+
     with ExitStack() as stack:
-        for place, variant in enumerate(variants):
-            say(f"  building {variant.label}")
-            workers[place] = stack.enter_context(start(variant.side))
-            kept += 2 * (ask(place, left() - kept, "build", case, variant, seed) or 0)
-        for repeat, place in product(range(case.repeats), range(len(variants))):
-            seconds = results[place]["seconds"]
-            if place in workers and not (seconds and left() < 2 * max(seconds)) and (ran := ask(place, left(), "run")):
-                for name, value in zip(("seconds", "loss"), ran, strict=True):
-                    results[place][name].append(value)
-                say(f"  {repeat + 1} of {case.repeats}: {variants[place].label} {ran[0]:.3g} s")
+        if together:
+            for place, (_, variant) in enumerate(jobs):
+                workers[place] = stack.enter_context(start(variant.side))
+            with ThreadPoolExecutor(len(jobs)) as pool:
+                list(pool.map(build, range(len(jobs)), [0.0] * len(jobs)))
+        else:
+            kept = 0.0  # seconds for one timing of what is built, which building more must leave
+            for place, (_, variant) in enumerate(jobs):
+                workers[place] = stack.enter_context(start(variant.side))
+                kept += 2 * build(place, kept)
+        for case in cases:
+            mine = [place for place, (whose, _) in enumerate(jobs) if whose is case]
+            for repeat, place in product(range(case.repeats), mine):
+                seconds, label = results[place]["seconds"], jobs[place][1].label
+                if (
+                    place in workers
+                    and not (seconds and left() < 2 * max(seconds))
+                    and (ran := ask(place, left(), "run"))
+                ):
+                    for name, value in zip(("seconds", "loss"), ran, strict=True):
+                        results[place][name].append(value)
+                    say(f"  {repeat + 1} of {case.repeats}: {label} {ran[0]:.3g} s")
         for place in list(workers):
             results[place] |= ask(place, max(left(), 60), "report") or {}
-    return results
+    found = iter(results)
+    return [[next(found) for _ in case.variants] for case in cases]

@@ -152,35 +152,41 @@ def summary(accuracy: Array) -> dict[str, Array]:
 def make_personal(
     algorithm: Algorithm, *, batch: int, bn_eval: str, at_once: int, mesh: Mesh | None = None
 ) -> Callable:
-    """-> personal(state: RoundState, clients [s], data, steps []) -> accuracy [s] after adaptation, jitted.
+    """-> personal(state: RoundState, clients [s], data, steps [], calibration [r]) -> accuracy [s] after adaptation,
+    jitted.
 
     Every one of `clients` int32 personalizes on its training rows for `steps` int32 steps (a value: one program
     for every depth) and answers its test rows; the state is left as it is. state.owns are the rows of
-    just these clients. "recalibrated" takes the client's own training rows (the repeats that fill them up
-    included). `at_once` as in make_round; on a mesh s is a multiple of its size, and a device works on the
-    share whose states it holds. Randomness is a function of (seed, state.round, client), not training's.
+    just these clients. `calibration`, int32 rows of the pool, is read when bn_eval is "recalibrated" and may be None
+    otherwise; with the rows of `make_evaluate`, no step of adaptation changes nothing (D-10). `at_once` as in
+    make_round; on a mesh s is a multiple of its size, and a device works on the share whose states it holds.
+    Randomness is a function of (seed, state.round, client), not training's.
     """
     check_bn_eval(bn_eval)
 
-    def adapted(message, own, rows: Examples, key, steps, image: Array, label: Array, size: Array):
+    def adapted(message, own, rows: Examples, key, steps, image: Array, label: Array, size: Array, seen: Array | None):
         net = algorithm.personalize(message, own, rows, key, steps)
         if bn_eval == "recalibrated":
-            net = recalibrate(algorithm.forward, net, rows.image, batch)
+            net = recalibrate(algorithm.forward, net, seen, batch)
         correct, _ = answers(algorithm.forward, net, image, label, size, batch, bn_eval == "batch")
         return jnp.sum(correct & (jnp.arange(label.size) < size)) / size
 
-    def personal(state: RoundState, clients: Array, data: FederatedData, steps: Array) -> Array:
+    def personal(
+        state: RoundState, clients: Array, data: FederatedData, steps: Array, calibration: Array | None
+    ) -> Array:
+        seen = data.image[calibration] if bn_eval == "recalibrated" else None
+
         def client(x) -> Array:
             k, own = x
             message = algorithm.send(state.server, k, stream_key(state.seed, "send", state.round, k))
             key = stream_key(state.seed, "personal", state.round, k)
             image, label = data.image[data.test[k]], data.label[data.test[k]]
             start = message, own, train_examples(data, k)
-            return apart(adapted)(*start, key, steps, image, label, data.test_size[k])
+            return apart(adapted)(*start, key, steps, image, label, data.test_size[k], seen)
 
         return map_some(client, (clients, state.owns), at_once)
 
-    return jax.jit(on_mesh(personal, mesh, (STATE, OWN, ALL, ALL), OWN))
+    return jax.jit(on_mesh(personal, mesh, (STATE, OWN, ALL, ALL, ALL), OWN))
 
 
 def depths(data: FederatedData, batch: int, epochs: int) -> dict[Depth, int]:

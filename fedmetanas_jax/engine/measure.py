@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedmetanas_jax import tree
-from fedmetanas_jax.core import RoundState, Tree
+from fedmetanas_jax.core import Net, RoundState, Tree
 from fedmetanas_jax.engine import evaluate
 from fedmetanas_jax.engine.mesh import OWN, padded, put_data
 from fedmetanas_jax.engine.programs import Programs, floats
@@ -24,7 +24,16 @@ def networks(programs: Programs, state: RoundState) -> dict:
         # Once a single operation an edge is left the two are one network.
         same = bool(jnp.array_equal(discrete.mix, net.mix))
         found["server_accuracy_discrete"] = server if same else programs.accuracies(discrete, state)[0]
-    return found
+    return found | _architecture(programs, net)
+
+
+def _architecture(programs: Programs, net: Net) -> dict:
+    """{"mix": [cell types, edges, ops]} of a search: noise-free weights in steps of 0.001, at least that of what is
+    alive, so that 0 means pruned."""
+    if programs.discrete_model is None:
+        return {}
+    mix = np.asarray(net.mix, np.float64)
+    return {"mix": np.where(mix > 0, np.maximum(mix.round(3), 0.001), 0.0).tolist()}
 
 
 def server_accuracy(programs: Programs, state: RoundState) -> float | None:
@@ -56,6 +65,8 @@ def _personal(programs: Programs, state: RoundState, steps: int) -> np.ndarray:
     conduct, mesh = programs.conduct, programs.mesh
     # What is on the host comes in portions of about a cohort, the last one filled up.
     portion = padded(conduct.cohort if programs.hosted else conduct.clients, mesh)
+    seen = programs.calibration(state)
+    seen = None if seen is None else put_data(seen, mesh)
     found = []
     for start in range(0, conduct.clients, portion):
         rows = np.arange(start, start + portion, dtype=np.int32) % conduct.clients
@@ -63,11 +74,15 @@ def _personal(programs: Programs, state: RoundState, steps: int) -> np.ndarray:
         if programs.hosted:
             given = state._replace(owns=put_data(tree.take(state.owns, rows), mesh, OWN))
         ids = put_data(rows, mesh, OWN)
-        found.append(np.asarray(programs("adaptation", given, ids, programs.data, jnp.int32(steps))))
+        found.append(np.asarray(programs("adaptation", given, ids, programs.data, jnp.int32(steps), seen)))
     return np.concatenate(found)[: conduct.clients]
 
 
 def event(programs: Programs, state: RoundState, name: str, before: float | None, after: float | None) -> dict:
-    """What entering a phase is recorded as: the accuracy on both sides and what the method reports of the server."""
+    """What entering a phase is recorded as: the accuracy on both sides, what the method reports of the server, and what
+    a search is left with."""
     report = {f"event_{key}": float(x) for key, x in jax.device_get(programs.report(state.server)).items()}
-    return {"event": name, "event_accuracy_before": before, "event_accuracy_after": after} | report
+    known = {"event": name, "event_accuracy_before": before, "event_accuracy_after": after} | report
+    if programs.global_model is None:
+        return known
+    return known | _architecture(programs, programs.global_model(state.server))

@@ -133,12 +133,17 @@ class Programs:
         rows = self._drawn(state, self.conduct.clients, evaluate.JUDGES)
         return float(np.mean(self._answers(net, state, rows)[0]))
 
+    def calibration(self, state: RoundState) -> np.ndarray | None:
+        """Rows of the pool by which batch norm is recalibrated; None where it is not."""
+        if self.conduct.bn_eval != "recalibrated":
+            return None
+        return self._drawn(state, self.conduct.cohort, evaluate.CALIBRATION)
+
     def _answers(self, net: Net, state: RoundState, rows: Array) -> evaluate.Correct:
         """What the network makes of rows [q] of the pool, of which there are at most as many as the program takes."""
-        calibration = None
-        if self.conduct.bn_eval == "recalibrated":
-            drawn = self._drawn(state, self.conduct.cohort, evaluate.CALIBRATION)
-            calibration = put_data(np.resize(drawn, padded(len(drawn), self.mesh)), self.mesh, OWN)
+        calibration = self.calibration(state)
+        if calibration is not None:
+            calibration = put_data(np.resize(calibration, padded(len(calibration), self.mesh)), self.mesh, OWN)
         given = evaluate.divided(np.resize(rows, self._places()), self.mesh)
         found = self("evaluation", net, self.data, given, jnp.int32(len(rows)), calibration)
         return evaluate.Correct(*(evaluate.in_order(x, self.mesh)[: len(rows)] for x in found))

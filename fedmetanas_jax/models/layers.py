@@ -105,11 +105,12 @@ def depthwise(x: Array, kernel: Array, stride: int = 1, dilation: int = 1) -> Ar
 
     Zero padding dilation (k - 1) / 2 on each side, as every depthwise layer here has it.
     """
-    return _depthwise_forward(x, kernel, stride, dilation)[0]
+    return depthwise_forward(x, kernel, stride, dilation)[0]
 
 
 @partial(jax.jit, static_argnums=(2, 3))
-def _depthwise_forward(x, kernel, stride, dilation):
+def depthwise_forward(x: Array, kernel: Array, stride: int, dilation: int) -> tuple[Array, tuple]:
+    """`depthwise`, and what its gradient reads: (x padded, kernel)."""
     size = kernel.shape[-1]
     pad = dilation * (size - 1) // 2
     out = tuple(-(-n // stride) for n in x.shape[1:3])
@@ -119,7 +120,8 @@ def _depthwise_forward(x, kernel, stride, dilation):
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _depthwise_backward(stride, dilation, saved, g):
+def depthwise_backward(stride: int, dilation: int, saved: tuple, g: Array) -> tuple[Array, Array]:
+    """The gradients of x and kernel from that of the output."""
     padded, kernel = saved
     size = kernel.shape[-1]
     pad = dilation * (size - 1) // 2
@@ -139,7 +141,7 @@ def _depthwise_backward(stride, dilation, saved, g):
     return dx.astype(padded.dtype), dk.astype(kernel.dtype)
 
 
-depthwise.defvjp(_depthwise_forward, _depthwise_backward)
+depthwise.defvjp(depthwise_forward, depthwise_backward)
 
 
 def convolution(x: Array, kernel: Array, stride: int = 1) -> Array:
