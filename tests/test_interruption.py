@@ -21,7 +21,27 @@ TINY = {
     "epochs": 1, "checkpoint_every": 2, "eval_every": 4, "batch": 8, "block": 2, "at_once": 1,
     "options.prune_from": 0.3, "options.prune_until": 0.5, "options.prune_events": 2, "options.prune_tolerance": "none",
 }  # fmt: skip
-KILLS = 10
+KILLS = 10  # two of them inside an event
+INSIDE = """
+import os, runpy, signal, sys
+from fedmetanas_jax.engine import measure
+
+survived, event = int(sys.argv.pop(1)), measure.event
+
+
+def killed(*given):
+    global survived
+    if survived == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    survived -= 1
+    return event(*given)
+
+
+measure.event = killed
+sys.argv.pop(0)
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def command(workdir: Path, *more: str, **changed) -> list[str]:
@@ -43,6 +63,8 @@ def finished(workdir: Path) -> tuple[list[dict], dict]:
 
 
 def assert_same(one: Path, other: Path):
+    for picture in ("curves.png", "search.png", "alphas.png", "cells.gif"):
+        assert (one / picture).read_bytes() == (other / picture).read_bytes()
     (records, arrays), (expected, weights) = finished(one), finished(other)
     assert records == expected
     assert arrays.keys() == weights.keys()
@@ -76,7 +98,8 @@ def test_what_a_run_leaves(unbroken):
     left = {path.name for path in workdir.iterdir()}
     assert left >= {
         "config.json", "partition.json", "partition.png", "records.jsonl", "checkpoints", "curves.png",
-        "genotype.json", "genotype.txt", "cells.png", "network.npz", "result.json",
+        "search.png", "alphas.png", "cells.gif", "genotype.json", "genotype.txt", "cells.png", "network.npz",
+        "result.json",
     }  # fmt: skip
     result = json.loads((workdir / "result.json").read_text())
     assert result["server_accuracy"] == pytest.approx(result["network_accuracy"], abs=1e-6)
@@ -111,11 +134,17 @@ def kill_at(workdir: Path, delay: float, *, of_rounds: bool) -> bool:
 
 
 def test_kill_9_at_random_moments_changes_nothing(unbroken, tmp_path):
-    """KILLS kills: most among the rounds, where checkpoints and records are written, some on the way there."""
+    """KILLS kills: most among the rounds, where checkpoints and records are written, some on the way there, and two in
+    events, between the change of the server and its record."""
     workdir, seconds = unbroken
+    for survived in range(2):  # the first event is done again, for its round was not saved; the second one kills
+        inside = [sys.executable, "-c", INSIDE, str(survived), *command(tmp_path / "run")[1:]]
+        assert subprocess.run(inside, capture_output=True, timeout=300).returncode == -signal.SIGKILL
+        seen = [json.loads(line) for line in (tmp_path / "run" / "records.jsonl").read_text().splitlines()]
+        assert sum("event" in line for line in seen) == survived
     moments = random.Random(0)
     killed = finished_first = 0
-    while killed < KILLS:
+    while killed < KILLS - 2:
         assert finished_first < KILLS, "too fast to be killed"
         among_rounds = killed % 4 != 0
         delay = moments.uniform(0, 2.0 if among_rounds else 0.5 * seconds)
@@ -147,6 +176,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     assert process.returncode == 130
     assert "to go on: " in out
     assert "stopping after this round" in err
+    assert (tmp_path / "run" / "search.png").exists()
     assert list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
 
 
