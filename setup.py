@@ -18,20 +18,20 @@ setup(
         "numpy>=2.0",
         "absl-py>=2.5",
         "matplotlib>=3.10",
+        "pillow>=11",
         "rich>=14",
     ],
     extras_require={
         # Only for experiments/bench.py, experiments/oracle.py and tests/test_oracle.py, which skips without it.
         "bench": ["torch>=2.13"],
         # Only to fetch cifar10, cifar100 and mnist; a cached DATA_DIR/<name>.npz needs none of it.
-        "data": ["tensorflow-datasets>=4.9.10", "array_record>=0.8", "pillow>=11", "importlib_resources>=6"],
+        "data": ["tensorflow-datasets>=4.9.10", "array_record>=0.8", "importlib_resources>=6"],
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.8",
             "ruff>=0.14",
             "tensorflow-datasets>=4.9.10",
             "array_record>=0.8",
-            "pillow>=11",
             "importlib_resources>=6",
         ],
     },

@@ -7,14 +7,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from fedmetanas_jax import deliver
+from fedmetanas_jax import deliver, pictures
 from fedmetanas_jax.algorithms import ALGORITHMS
 from fedmetanas_jax.architecture import Architecture, make_architecture, searches
 from fedmetanas_jax.config import MAY_CHANGE, Config, to_dict, validate
 from fedmetanas_jax.core import Algorithm, FederatedData, Phase, Setting
 from fedmetanas_jax.data import federated, partition, picture, sources
 from fedmetanas_jax.data.augment import augmenter
-from fedmetanas_jax.engine import aggregate, curves, records
+from fedmetanas_jax.engine import aggregate, records
 from fedmetanas_jax.engine import run as engine
 from fedmetanas_jax.engine.checkpoint import CheckpointError
 from fedmetanas_jax.engine.mesh import clients_mesh
@@ -120,11 +120,15 @@ def run(
         except ValueError as error:
             raise UsageError(str(error)) from error
         data = make_data(config, dataset, first_algorithm(phases).least_rows, workdir)
-        outcome = engine.run(
-            phases, data, conduct, workdir=workdir, mesh=mesh, stop_after=stop_after, go_on=command
-        )
-        title = f"{task}, {config.method}, seed {config.seed}"
-        curves.draw(records.read(workdir / "records.jsonl"), workdir / "curves.png", title)
+        try:
+            outcome = engine.run(
+                phases, data, conduct, workdir=workdir, mesh=mesh, stop_after=stop_after, go_on=command
+            )
+        finally:  # also of a run that was stopped or failed, to see how far it came
+            lines = records.read(workdir / "records.jsonl")
+            if lines:
+                graph = chosen.space.graph if searches(ALGORITHMS[config.method]) else None
+                pictures.draw(lines, graph, workdir, f"{task}, {config.method}, seed {config.seed}")
         if outcome is not None:
             deliver.finish(config, dataset, chosen, data, outcome, workdir=workdir)
 

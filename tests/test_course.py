@@ -42,6 +42,13 @@ def test_the_mask_is_pruned_first_and_the_program_two_rounds_later(unbroken):
     assert sum(line.get("compile_seconds", 0) for line in lines[4:6]) == 0
 
 
+def test_weights_are_recorded_where_the_network_is_evaluated_or_pruned(unbroken):
+    lines = {line["round"]: np.array(line["mix"]) for line in records(unbroken) if "mix" in line}
+    assert [(number, mix.shape) for number, mix in lines.items()] == [(n, (2, 2, 8)) for n in (2, 4, 8)]
+    for mix in lines.values():  # the event is before the first of them; a single operation an edge is left
+        assert sorted(mix.ravel())[-5:] == [0, 1, 1, 1, 1]
+
+
 def test_a_pause_between_the_two_changes_no_bit(unbroken, tmp_path):
     workdir = tmp_path / "run"
     for stop_after in (3, 2, None):

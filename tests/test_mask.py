@@ -138,6 +138,20 @@ def test_confidence_is_the_mean_largest_probability_of_live_edges():
     assert undecided == pytest.approx((0.513523 + 7 / 8) / 8, rel=1e-5)
 
 
+def test_entropy_is_a_share_of_what_the_undecided_edges_allow():
+    full = mask.full(SMALL)
+    assert mask.entropy(SMALL, two_nodes(), full) == pytest.approx(1)
+    # Edge (0,0) of the normal cell: weights .513523 and 7 of .069497, so -sum p log p = 1.639332 of log 8 = 2.079442.
+    alpha = two_nodes((9.0, 0.0, 0.0))
+    alpha = Alpha(alpha.op.at[0, 0, 2].set(2.0), alpha.pair)
+    assert mask.entropy(SMALL, alpha, full) == pytest.approx((1.639332 / 2.079442 + 9) / 10, rel=1e-5)
+    # Of two operations that are left, .880797 and .119203: .365334 of log 2. Decided and dead edges do not count.
+    pruned = prune(SMALL, alpha, full, 1.0, 0.01)  # without the last edge of the normal cell
+    few = pruned._replace(op=pruned.op.at[0, 0].set(False).at[0, 0, 1:3].set(True).at[0, 1, 1:].set(False))
+    assert mask.entropy(SMALL, alpha, few) == pytest.approx((0.365334 / 0.693147 + 7) / 8, rel=1e-5)
+    assert mask.entropy(SMALL, alpha, terminal(SMALL, alpha, full)) == 0
+
+
 def test_pruning_is_the_same_with_and_without_jit():
     alpha, full = random_alpha(7), mask.full(GRAPH)
     plain = mask.prune.__wrapped__(GRAPH, alpha, full, 0.2, 0.01)

@@ -1,10 +1,10 @@
-"""What is shown of a run: plain lines, the bar, and the picture of its learning curves."""
+"""What is shown of a run while it works: plain lines, and the bar."""
 
 import io
+import re
 
 import pytest
 
-from fedmetanas_jax.engine.curves import draw
 from fedmetanas_jax.engine.progress import Progress
 
 
@@ -99,31 +99,48 @@ def test_a_terminal_gets_a_bar_and_whole_messages(monkeypatch):
     assert "acc 50.0%  loss 2.000  ops 224  1s/round  3:08 left" in shown
 
 
+def bar(monkeypatch, rounds, columns, *, total=1000, past=()):
+    """What the bar says after the last of `rounds`, spaces between its columns made one."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    stream = io.StringIO()
+    with Progress(total, len(past), past, stream=stream, plain=False) as progress:
+        for record in rounds:
+            progress.round(record)
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue())
+    last = re.split(r"[\r\n]+", plain.strip())[-1].rstrip()
+    assert len(last) <= columns
+    return re.sub(r"[━╺╸ ]*[━╺╸][━╺╸ ]*", " ", last)
+
+
+SLOW = {"loss": 2.0, "ops_alive": 224, "seconds": 9.5, "server_accuracy": 0.5}
+
+
+def test_the_bar_names_the_last_event_and_goes_without_other_numbers_where_it_is_narrow(monkeypatch):
+    rounds = [{"round": 300, "event": "prune"} | SLOW, {"round": 301} | SLOW]
+    known = "301/1000 acc 50.0%  loss 2.000  ops 224  "
+    assert bar(monkeypatch, rounds, 120) == known + "9.5s/round  prune 300  1:50:40 left"
+    assert bar(monkeypatch, rounds, 80) == known + "prune 300  1:50:40 left"
+    rounds[1]["event_put_off"] = "prune"
+    assert bar(monkeypatch, rounds, 120) == known + "9.5s/round  prune 301 put off  1:50:40 left"
+    assert bar(monkeypatch, rounds, 80) == "301/1000 acc 50.0%  ops 224  prune 301 put off  1:50:40 left"
+
+
+def test_the_bar_of_a_resumed_run_knows_what_happened_before(monkeypatch):
+    past = [{"round": 1, "event": "prune"} | SLOW, {"round": 2, "loss": 1.0}]
+    assert (
+        bar(monkeypatch, [{"round": 3, "loss": 0.5}], 80, total=90, past=past) == "3/90 acc 50.0%  loss 0.500  prune 1"
+    )
+
+
+def test_an_event_that_was_put_off_has_a_plain_line():
+    rounds = [{"round": 1}, {"round": 2, "event_put_off": "prune"}, {"round": 3}]
+    assert lines(9, rounds) == ["round 1/9", "round 2/9  prune put off"]
+
+
 def test_the_bar_leaves_the_terminal_when_the_run_fails(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     stream = io.StringIO()
     with pytest.raises(KeyboardInterrupt), Progress(2, 0, stream=stream, plain=False):
         raise KeyboardInterrupt
     assert stream.getvalue().endswith("\x1b[?25h")  # the cursor is shown again
-
-
-def size(png):
-    data = png.read_bytes()
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
-
-
-def test_curves_have_a_panel_for_every_kind_of_number_there_is(tmp_path):
-    loss = [{"round": n, "loss": 1 / n, "server_accuracy": None} for n in (1, 2, 3)]
-    draw(loss, tmp_path / "loss.png", "loss alone")
-    more = {"temperature": 1.0, "ops_alive": 9, "local_accuracy": {"mean": 0.5}}
-    whole = [record | more for record in loss]
-    whole[1] |= {"event": "prune", "event_accuracy_before": 0.5, "event_accuracy_after": 0.4}
-    draw(whole, tmp_path / "whole.png", "all panels")
-    assert size(tmp_path / "whole.png")[1] > 2 * size(tmp_path / "loss.png")[1]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["loss.png", "whole.png"]
-
-
-def test_curves_of_nothing_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="nothing to draw"):
-        draw([{"round": 1, "loss": None}], tmp_path / "x.png", "none")

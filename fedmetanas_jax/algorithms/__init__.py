@@ -5,12 +5,14 @@ from fedmetanas_jax.algorithms.fedavg import fedavg
 from fedmetanas_jax.algorithms.fedbabu import fedbabu
 from fedmetanas_jax.algorithms.fedmetanas import fedmetanas
 from fedmetanas_jax.algorithms.fedprox import fedprox
+from fedmetanas_jax.algorithms.fedrandom import fedrandom
 from fedmetanas_jax.algorithms.fedrep import fedrep
 from fedmetanas_jax.algorithms.perfedavg import perfedavg
 from fedmetanas_jax.algorithms.scaffold import scaffold
 
 ALGORITHMS = {
     "fedmetanas": fedmetanas,
+    "fedrandom": fedrandom,
     "fedavg": fedavg,
     "fedprox": fedprox,
     "scaffold": scaffold,

@@ -41,6 +41,7 @@ def searching(
     tasks: local.Tasks = "pairs",
     depth: Depth = "epoch",
     report: Callable = lambda server: {},
+    begin: Callable | None = None,
 ) -> list[Phase]:
     """A federated search of `space`: local epochs on weights and alphas, the mean of their changes, prune events.
 
@@ -55,6 +56,7 @@ def searching(
       tolerance: accuracy on training images that an event may cost; one that would cost more is put off.
       batches: how many batches a step of `search` takes, cut into `tasks` (D-7) where they are several.
       report: server -> further numbers for the round's record.
+      begin: key -> the plan of the first round, for a method that does not start from the whole space.
     """
     graph = space.graph
 
@@ -63,8 +65,8 @@ def searching(
 
         def init(key):
             net_key, alpha_key = jax.random.split(key)
-            params, stats = net.init(net_key)
-            return Server(jnp.int32(0), params, stats, relax.init_alpha(alpha_key, graph), masks.full(graph)), ()
+            alpha, mask = relax.init_alpha(alpha_key, graph), masks.of_plan(graph, plan)
+            return Server(jnp.int32(0), *net.init(net_key), alpha, mask), ()
 
         def loss_of(sent: Server) -> Callable:
             def loss(variables, stats, batch, key):
@@ -98,8 +100,10 @@ def searching(
         def measures(server: Server) -> dict:
             ops, pairs = masks.alive(graph, server.mask)
             every, undecided = masks.confidence(graph, server.alpha, server.mask)
+            entropy = masks.entropy(graph, server.alpha, server.mask)
             alive = {"ops_alive": ops, "pairs_alive": pairs}
-            return alive | {"alpha_max": every, "alpha_max_undecided": undecided} | report(server)
+            alphas = {"alpha_max": every, "alpha_max_undecided": undecided, "alpha_entropy": entropy}
+            return alive | alphas | report(server)
 
         return Algorithm(
             init=init,
@@ -129,7 +133,7 @@ def searching(
 
         return Phase(start, enter, make, "prune", tolerance, smaller)
 
-    first = Phase(0, lambda server, plan, key: (masks.full_plan(graph), None), make)
+    first = Phase(0, lambda server, plan, key: (begin(key) if begin else masks.full_plan(graph), None), make)
     return [first, *(event(t, following is None) for t, following in pairwise([*events, None]))]
 
 

@@ -1,30 +1,33 @@
 """What a run shows while it works: a bar on a terminal, plain lines anywhere else.
 
 Record keys read here, all optional but `round`: seconds, loss, server_accuracy, local_accuracy,
-local_accuracy_adapted, ops_alive, event. Accuracies are fractions of 1.
+local_accuracy_adapted, ops_alive, event, event_put_off. Accuracies are fractions of 1.
 """
 
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TextIO
 
 RECENT = 20  # rounds whose mean length gives the time left; pruning makes later rounds shorter
+BAR = 12  # columns
+NEEDLESS = ("rate", "loss", "ops")  # what the bar goes without where it is too wide for the terminal, in this order
 QUIET = 5.0  # seconds without a plain line after which the next round has one
 
 
 class Progress:
     """`with Progress(total_rounds, start) as progress:` then `round(record)` after every round.
 
-    `start` is the number of rounds done before; `plain=None` asks the stream whether it is a terminal.
-    `clock` gives seconds and says only when a plain line is due.
+    `start` is the number of rounds done before, `past` their records; `plain=None` asks the stream whether it is a
+    terminal. `clock` gives seconds and says only when a plain line is due.
     """
 
     def __init__(
         self,
         total_rounds: int,
         start: int,
+        past: Sequence[dict] = (),
         *,
         stream: TextIO | None = None,
         plain: bool | None = None,
@@ -35,7 +38,9 @@ class Progress:
         self._plain = not self._stream.isatty() if plain is None else plain
         self._recent = deque(maxlen=RECENT)
         self._said = -QUIET
-        self._accuracy = []
+        self._accuracy = self._event = ""
+        for record in past:
+            self._remember(record)
 
     def __enter__(self) -> "Progress":
         if not self._plain:
@@ -44,7 +49,7 @@ class Progress:
 
             self._bar = progress.Progress(
                 progress.TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-                progress.BarColumn(bar_width=12),
+                progress.BarColumn(bar_width=BAR),
                 progress.TextColumn("{task.fields[status]}", markup=False),
                 console=Console(file=self._stream, force_terminal=True),
             )
@@ -71,29 +76,55 @@ class Progress:
             self._recent.append(record["seconds"])
         accuracies = _accuracies(record)
         if not self._plain:
-            # 80 columns have room for one accuracy; between evaluations the last one stays.
-            self._accuracy = accuracies[:1] or self._accuracy
-            status = "  ".join(self._accuracy + self._numbers(record))
-            self._bar.update(self._task, completed=done, status=status)
+            self._remember(record)
+            self._bar.update(self._task, completed=done, status=self._status(record))
             return
-        now = self._clock()
-        if accuracies or record.get("event") or done >= self._total or now - self._said >= QUIET:
+        now, event = self._clock(), _event(record)
+        if accuracies or event or done >= self._total or now - self._said >= QUIET:
             self._said = now
-            event = [record["event"]] if record.get("event") else []
-            self.say("  ".join([f"round {done}/{self._total}", *event, *accuracies, *self._numbers(record)]))
+            events = [event] if event else []
+            numbers = self._numbers(record).values()
+            self.say("  ".join([f"round {done}/{self._total}", *events, *accuracies, *numbers]))
 
-    def _numbers(self, record: dict) -> list[str]:
-        parts = []
+    def _remember(self, record: dict) -> None:
+        """The last accuracy and the last event stay on the bar."""
+        self._accuracy = next(iter(_accuracies(record)), self._accuracy)
+        self._event = _event(record, f" {record['round']}") or self._event
+
+    def _status(self, record: dict) -> str:
+        """What stands beside the bar, as much as there is room for. 80 columns have room for one accuracy."""
+        numbers = self._numbers(record)
+        left = numbers.pop("left", "")
+        parts = {"accuracy": self._accuracy, **numbers, "event": self._event, "left": left}
+        room = self._bar.console.width - BAR - len(f"{self._total}/{self._total}") - 2
+        for name in NEEDLESS:
+            if len(_joined(parts)) > room:
+                parts.pop(name, None)
+        return _joined(parts)
+
+    def _numbers(self, record: dict) -> dict[str, str]:
+        parts = {}
         if record.get("loss") is not None:
-            parts.append(f"loss {record['loss']:.3f}")
+            parts["loss"] = f"loss {record['loss']:.3f}"
         if record.get("ops_alive") is not None:
-            parts.append(f"ops {record['ops_alive']:.0f}")
+            parts["ops"] = f"ops {record['ops_alive']:.0f}"
         if self._recent:
             seconds = sum(self._recent) / len(self._recent)
-            parts.append(f"{_seconds(seconds)}/round")
+            parts["rate"] = f"{_seconds(seconds)}/round"
             if record["round"] < self._total:
-                parts.append(f"{_duration(seconds * (self._total - record['round']))} left")
+                parts["left"] = f"{_duration(seconds * (self._total - record['round']))} left"
         return parts
+
+
+def _joined(parts: dict[str, str]) -> str:
+    return "  ".join(part for part in parts.values() if part)
+
+
+def _event(record: dict, when: str = "") -> str:
+    """'prune 58', or 'prune 58 put off'; '' where nothing happened."""
+    if record.get("event"):
+        return f"{record['event']}{when}"
+    return f"{record['event_put_off']}{when} put off" if record.get("event_put_off") else ""
 
 
 def _accuracies(record: dict) -> list[str]:

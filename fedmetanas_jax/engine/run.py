@@ -39,7 +39,7 @@ def run(
     workdir: Path,
     mesh: Mesh | None = None,
     stop_after: int | None = None,
-    progress: Callable[[int, int], Progress] = Progress,
+    progress: Callable[[int, int, list[dict]], Progress] = Progress,
     go_on: str = "the same command",
 ) -> Outcome | None:
     """Runs or resumes the phases in `workdir`.
@@ -53,9 +53,10 @@ def run(
         course = Course(phases, data, conduct, mesh, checkpoints)
         notes: list[str] = []
         course.begin(notes.append)
-        course.lost = sum(len(line.get("dropped", ())) for line in records.truncate(log, course.done))
+        past = records.truncate(log, course.done)
+        course.lost = sum(len(line.get("dropped", ())) for line in past)
         limit = conduct.rounds if stop_after is None else min(conduct.rounds, course.done + stop_after)
-        with progress(conduct.rounds, course.done) as show:
+        with progress(conduct.rounds, course.done, past) as show:
             for note in notes:
                 show.say(note)
             course.programs.say = show.say

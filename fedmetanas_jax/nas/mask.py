@@ -89,9 +89,27 @@ def plan_of(graph: Graph, mask: Mask) -> Plan:
     return [[[k for k, on in enumerate(edge) if on] for edge in cell] for cell in op]
 
 
+def of_plan(graph: Graph, plan: Plan) -> Mask:
+    """What a program of this plan can compute: its operations, and the pairs whose edges both have one.
+
+    The inverse of `plan_of` for the full plan and for discrete networks.
+    """
+    op = np.array([[[k in ops for k in range(len(graph.ops))] for ops in edges] for edges in plan])
+    dead = ~op.any(-1)  # [cell types, edges]
+    pair = np.ones((len(plan), len(graph.pairs)), bool)
+    if graph.pairs:
+        pair = dead.astype(np.float32) @ relax.incidence(graph).T == 0
+    return Mask(jnp.asarray(op), jnp.asarray(pair))
+
+
 def full_plan(graph: Graph) -> Plan:
     """The plan of a search that has pruned nothing yet."""
     return [[list(range(len(graph.ops))) for _ in graph.edges] for _ in graph.cell_types]
+
+
+def undecided_edges(graph: Graph, mask: Mask) -> Array:
+    """[cell types, edges] bool: the live edges that still have several operations."""
+    return live_edges(graph, mask) & (jnp.sum(mask.op, axis=-1) > 1)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -101,12 +119,24 @@ def confidence(graph: Graph, alpha: Alpha, mask: Mask) -> tuple[Array, Array]:
 
     That is an edge's largest softmax weight at temperature 1, whatever the temperature of the draw.
     """
-    live = live_edges(graph, mask)
-    undecided = live & (jnp.sum(mask.op, axis=-1) > 1)
+    live, undecided = live_edges(graph, mask), undecided_edges(graph, mask)
     largest = jnp.max(relax.softmax(graph, alpha, mask, 1.0).op, axis=-1)
     every = jnp.sum(largest, where=live) / jnp.sum(live)
     some = jnp.sum(largest, where=undecided) / jnp.maximum(jnp.sum(undecided), 1)
     return every, jnp.where(jnp.any(undecided), some, 1.0)
+
+
+@partial(jax.jit, static_argnums=0)
+def entropy(graph: Graph, alpha: Alpha, mask: Mask) -> Array:
+    """[] from 0, decided, to 1, nothing known: the entropy of an edge's softmax at temperature 1 as a share of the
+    largest that its operations alive allow, log of their number; averaged over the undecided edges, 0 without any.
+
+    Unlike the largest probability it does not rise because there are fewer operations to share it.
+    """
+    undecided = undecided_edges(graph, mask)
+    nats = jnp.sum(jax.scipy.special.entr(relax.softmax(graph, alpha, mask, 1.0).op), axis=-1)
+    share = nats / jnp.log(jnp.maximum(jnp.sum(mask.op, axis=-1), 2))
+    return jnp.sum(share, where=undecided) / jnp.maximum(jnp.sum(undecided), 1)
 
 
 def _without_dead_edges(graph: Graph, mask: Mask) -> Mask:

@@ -13,6 +13,7 @@ from fedmetanas_jax.nas.genotype import Cell, Genotype, input_name
 # Of the operations in order: Okabe and Ito's palette, which the colour-blind tell apart; its light tones darkened for
 # use as text.
 PALETTE = ("#8a8a8a", "#b8860b", "#7a6a00", "#222222", "#0072b2", "#b0578d", "#009e73", "#d55e00")
+INNER, OUTER = "#d7e9f7", "#f0ead8"  # of nodes, of what goes in and out
 
 # All lengths are inches on the page, so that the size of a label is known before it is drawn.
 WIDTH, ROW, MARGIN = 4.4, 1.05, 0.45  # of a cell; from row to row; above and below
@@ -32,35 +33,62 @@ def draw(graph: Graph, genotype: Genotype, path: str | Path) -> None:
 
 def figure_of(graph: Graph, genotype: Genotype) -> Figure:
     """The picture as a matplotlib figure."""
-    height = ROW * (max(map(len, genotype.values())) + 1) + 2 * MARGIN + 0.2
+    height = height_of(max(map(len, genotype.values())))
     figure = Figure(figsize=(len(genotype) * WIDTH, height), facecolor="white")
     for column, (name, cell) in enumerate(genotype.items()):
         axes = figure.add_axes((column / len(genotype), 0, 1 / len(genotype), 1))
-        axes.set(xlim=(-WIDTH / 2, WIDTH / 2), ylim=(MARGIN - height, MARGIN))
-        axes.axis("off")
-        title = "Cell" if name == "cell" else f"{name.capitalize()} cell"
-        axes.text(0, 0.15, title, ha="center", fontsize=FONT + 2, weight="bold")
+        empty_cell(axes, name, height)
         _draw_cell(axes, graph, cell)
     return figure
 
 
-def _draw_cell(axes, graph: Graph, cell: Cell) -> None:
-    colour = dict(zip(graph.ops, cycle(PALETTE), strict=False))
-    place, labels = _layout(graph, cell)
-    last = len(place) - 1
+def height_of(nodes: int) -> float:
+    """Inches that a cell of so many nodes takes, its name included."""
+    return ROW * (nodes + 1) + 2 * MARGIN + 0.2
+
+
+def colours(graph: Graph) -> dict[str, str]:
+    """{operation: its colour} in every picture."""
+    return dict(zip(graph.ops, cycle(PALETTE), strict=False))
+
+
+def empty_cell(axes, name: str, height: float) -> None:
+    """Prepares axes `height` inches high for a cell of the type `name`, and writes that above it."""
+    axes.set(xlim=(-WIDTH / 2, WIDTH / 2), ylim=(MARGIN - height, MARGIN))
+    axes.axis("off")
+    title = "Cell" if name == "cell" else f"{name.capitalize()} cell"
+    axes.text(0, 0.15, title, ha="center", fontsize=FONT + 2, weight="bold")
+
+
+def draw_nodes(axes, graph: Graph, place: np.ndarray) -> list:
+    """Inputs, nodes and output at their places [inputs + nodes + 1, 2], and what the output is made of -> the
+    matplotlib texts of the former."""
+    last, texts = len(place) - 1, []
     for start in _output(graph):
         _arrow(axes, place[start], place[last], color="#d0d0d0", linewidth=1, zorder=1)
-    for (op, i, j), (x, y) in zip(_arrows(graph, cell), labels, strict=True):
-        line = "--" if op == "none" else "-"
-        _arrow(axes, place[i], place[j], color=colour[op], linewidth=1.5, linestyle=line, zorder=2)
-        box = {"boxstyle": "square,pad=0.12", "facecolor": "white", "edgecolor": "none"}
-        axes.text(x, y, op, color=colour[op], fontsize=FONT, ha="center", va="center", bbox=box, zorder=3)
     for number, (x, y) in enumerate(place):
         inner = graph.inputs <= number < last
         name = f"{number - graph.inputs}" if inner else f"${'c_k' if number == last else input_name(graph, number)}$"
         box = {"boxstyle": "circle,pad=0.4" if inner else "round,pad=0.4", "edgecolor": "#444444"}
-        box["facecolor"] = "#d7e9f7" if inner else "#f0ead8"
-        axes.text(x, y, name, ha="center", va="center", fontsize=FONT + 2, bbox=box, zorder=4)
+        box["facecolor"] = INNER if inner else OUTER
+        texts.append(axes.text(x, y, name, ha="center", va="center", fontsize=FONT + 2, bbox=box, zorder=4))
+    return texts
+
+
+def draw_label(axes, x: float, y: float, op: str, colour: str):
+    """The name of an operation on its arrow -> the matplotlib text."""
+    box = {"boxstyle": "square,pad=0.12", "facecolor": "white", "edgecolor": "none"}
+    return axes.text(x, y, op, color=colour, fontsize=FONT, ha="center", va="center", bbox=box, zorder=3)
+
+
+def _draw_cell(axes, graph: Graph, cell: Cell) -> None:
+    colour = colours(graph)
+    place, labels = layout(graph, cell)
+    for (op, i, j), (x, y) in zip(_arrows(graph, cell), labels, strict=True):
+        line = "--" if op == "none" else "-"
+        _arrow(axes, place[i], place[j], color=colour[op], linewidth=1.5, linestyle=line, zorder=2)
+        draw_label(axes, x, y, op, colour[op])
+    draw_nodes(axes, graph, place)
 
 
 def _arrow(axes, start, end, **line) -> None:
@@ -78,11 +106,12 @@ def _output(graph: Graph) -> list[int]:
     return [graph.inputs + j for j in graph.output]
 
 
-def _layout(graph: Graph, cell: Cell) -> tuple[np.ndarray, np.ndarray]:
+def layout(graph: Graph, cell: Cell) -> tuple[np.ndarray, np.ndarray]:
     """Places of inputs, nodes and output [inputs + nodes + 1, 2], and of the labels [arrows, 2].
 
-    A node keeps to the row of its number. From two zigzags, one node at a time moves to the column that
-    crowds the cell least, until none moves; the better end of the two is taken.
+    An operation "" is an arrow without a label, which matters less. A node keeps to the row of its number. From two
+    zigzags, one node at a time moves to the column that crowds the cell least, until none moves; the better end of the
+    two is taken.
     """
     nodes, inputs = len(cell), graph.inputs
     rows = -ROW * np.array([*[0] * inputs, *range(1, nodes + 2)], float) - 0.2
@@ -108,7 +137,7 @@ def _crowding(graph: Graph, cell: Cell, place: np.ndarray) -> tuple[float, np.nd
     """A penalty for what makes a drawing hard to read, and the best place of every label [arrows, 2]."""
     last, labelled = len(place) - 1, _arrows(graph, cell)
     ends = np.array([(i, j) for _, i, j in labelled] + [(n, last) for n in _output(graph)])
-    importance = np.where(ends[:, 1] == last, 0.3, 1.0)
+    importance = np.array([1.0 if op else 0.4 for op, *_ in labelled] + [0.3] * len(_output(graph)))
     start, end = place[ends[:, 0]], place[ends[:, 1]]
     t = np.linspace(0, 1, 33)[:, None]
     points = start[:, None] * (1 - t) + end[:, None] * t  # [arrows, 33, 2]
