@@ -1,0 +1,1 @@
+"""What experiments/search_quality.py is made of."""
