@@ -233,7 +233,14 @@ class Course:
         self.programs = self._ahead.take(self.algorithm)
         if self.programs is None:
             given = self.conduct, self.data, self.mesh, self.hosted, self.at_once
-            self.programs = Programs(self.algorithm, *given, say)
+            self.programs = Programs(self.algorithm, *given, say, self._later())
+
+    def _later(self) -> list[str]:
+        """The programs that this algorithm will need after some of its rounds."""
+        names = ["evaluation"] if self.algorithm.global_model is not None else []
+        last = self.phase + 1 == len(self.phases)
+        adapts = self.conduct.adapt_every or (last and self.conduct.final_adapt)
+        return [*names, "adaptation"] if adapts and not self.hosted else names
 
     def _next_stop(self, limit: int) -> int:
         conduct, done = self.conduct, self.done

@@ -1,17 +1,18 @@
 """The compiled programs of one algorithm, and how a run goes about its rounds."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fedmetanas_jax.core import Aggregate, Algorithm, Array, FederatedData, Net, RoundState
 from fedmetanas_jax.engine import evaluate
-from fedmetanas_jax.engine.mesh import OWN, free_bytes, padded, put_data
+from fedmetanas_jax.engine.mesh import ALL, OWN, free_bytes, padded, put_data, told
 from fedmetanas_jax.engine.round import MEAN, make_round
 
 
@@ -38,7 +39,10 @@ class Conduct(NamedTuple):
 
 
 class Programs:
-    """The compiled programs of one algorithm; compiling is announced, and its seconds are kept apart."""
+    """The compiled programs of one algorithm; compiling is announced, and the seconds that a run waits for it are kept.
+
+    `later` names those that will be needed after rounds: they are compiled in a thread, beside the round.
+    """
 
     def __init__(
         self,
@@ -49,6 +53,7 @@ class Programs:
         hosted: bool,
         at_once: int | None,
         say: Callable,
+        later: Sequence[str] = (),
     ):
         """`at_once` is what was chosen for this algorithm before, None if nothing was."""
         self.algorithm, self.conduct, self.data, self.mesh = algorithm, conduct, data, mesh
@@ -56,6 +61,7 @@ class Programs:
         self.at_once = conduct.at_once if conduct.at_once >= 0 else at_once
         self.seconds = self.seconds_ahead = 0.0
         self._compiled: dict = {}
+        self._later, self._begun, self._thread = later, {}, ThreadPoolExecutor(1)
         # Small, but operation by operation they would be compiled a hundred times over.
         self.global_model, self.discrete_model, self.report = (
             jax.jit(made) if made else None
@@ -65,30 +71,57 @@ class Programs:
     def __call__(self, name: str, *arguments):
         if name not in self._compiled:
             self.say(f"compiling the {name} (kept in {jax.config.jax_compilation_cache_dir} for the next run) ...")
-            seconds = self._compile(name, *arguments)
+            start = time.perf_counter()
+            if name == "round":
+                self._begin(arguments[0])
+            begun = self._begun.pop(name, None)
+            self._compiled[name] = self._compile(name, *arguments) if begun is None else begun.result()
+            seconds = time.perf_counter() - start
             self.seconds += seconds
-            self.say(f"compiled the {name} in {seconds:.1f} s")
+            self.say(f"compiled the {name} in {seconds:.1f} s" + (", the rest of it meanwhile" if begun else ""))
         return self._compiled[name](*arguments)
 
     def compile_ahead(self, state: RoundState) -> None:
         """Compiles what a round and an evaluation need before the first one is due; `state` may be its shapes."""
-        self.seconds_ahead = self._compile("round", state, self.data, jax.ShapeDtypeStruct((), jnp.int32))
-        if self.algorithm.global_model is None:
-            return
-        calibration = None
-        if self.conduct.bn_eval == "recalibrated":
-            calibration = self._rows_to_come(evaluate.CALIBRATION)
-        net = jax.eval_shape(self.algorithm.global_model, state.server)
-        given = self._rows_to_come(self._places()), jax.ShapeDtypeStruct((), jnp.int32)
-        self.seconds_ahead += self._compile("evaluation", net, self.data, *given, calibration)
-
-    def _compile(self, name: str, *arguments) -> float:
         start = time.perf_counter()
+        self._compiled["round"] = self._compile("round", state, self.data, jax.ShapeDtypeStruct((), jnp.int32))
+        if self.algorithm.global_model is not None:
+            self._compiled["evaluation"] = self._compile("evaluation", *self._to_come("evaluation", state))
+        self.seconds_ahead = time.perf_counter() - start
+
+    def _begin(self, state: RoundState) -> None:
+        """Has what is needed later compiled in a thread."""
+        state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+        for name in self._later:
+            known = name != "adaptation" or self.at_once is not None  # the round has yet to find how many fit
+            if name not in self._compiled and known:
+                given = self._to_come(name, told(state, self.mesh, self.hosted))
+                self._begun[name] = self._thread.submit(self._compile, name, *given)
+
+    def _to_come(self, name: str, state: RoundState) -> tuple:
+        """The shapes of what the evaluation or the adaptation will be given, from those of a state."""
+
+        def rows(count: int, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+            return self._shaped((count,), jnp.int32, spec)
+
+        seen = evaluate.CALIBRATION if self.conduct.bn_eval == "recalibrated" else None
+        number = jax.ShapeDtypeStruct((), jnp.int32)
+        if name == "adaptation":
+            ids = rows(padded(self.conduct.clients, self.mesh), OWN)
+            return state, ids, self.data, number, None if seen is None else rows(seen, ALL)
+        net = jax.eval_shape(self.algorithm.global_model, state.server)
+        net = jax.tree.map(lambda x: self._shaped(x.shape, x.dtype, ALL), net)
+        places, seen = rows(padded(self._places(), self.mesh), OWN), seen and rows(padded(seen, self.mesh), OWN)
+        return net, self.data, places, number, seen
+
+    def _shaped(self, shape: tuple[int, ...], dtype, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        where = None if self.mesh is None else NamedSharding(self.mesh, spec)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    def _compile(self, name: str, *arguments):
         if name == "round" and self.at_once is None:
-            self._compiled[name] = self._compile_as_many_as_fit(*arguments)
-        else:
-            self._compiled[name] = self._made(name, self.at_once or 0).lower(*arguments).compile()
-        return time.perf_counter() - start
+            return self._compile_as_many_as_fit(*arguments)
+        return self._made(name, self.at_once or 0).lower(*arguments).compile()
 
     def _made(self, name: str, at_once: int) -> Callable:
         conduct, common = self.conduct, {"at_once": at_once, "mesh": self.mesh}
@@ -147,10 +180,6 @@ class Programs:
         given = evaluate.divided(np.resize(rows, self._places()), self.mesh)
         found = self("evaluation", net, self.data, given, jnp.int32(len(rows)), calibration)
         return evaluate.Correct(*(evaluate.in_order(x, self.mesh)[: len(rows)] for x in found))
-
-    def _rows_to_come(self, count: int) -> jax.ShapeDtypeStruct:
-        where = None if self.mesh is None else NamedSharding(self.mesh, OWN)
-        return jax.ShapeDtypeStruct((padded(count, self.mesh),), jnp.int32, sharding=where)
 
     def _places(self) -> int:
         """Rows that the evaluation takes."""
