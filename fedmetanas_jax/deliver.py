@@ -31,7 +31,9 @@ def finish(
         net = served(outcome.state.server)
         if config.bn_eval == "recalibrated":
             rows = calibration_rows(data, outcome.state.seed, outcome.state.round - 1, config.cohort)
-            net = recalibrate(algorithm.forward, net, data.image[rows], config.eval_batch)
+            # Jitted, here and below: operation by operation a hundred small programs would be compiled.
+            recalibrated = jax.jit(recalibrate, static_argnums=(0, 3))
+            net = recalibrated(algorithm.forward, net, data.image[rows], config.eval_batch)
         summary |= _network(dataset, chosen, data, algorithm, outcome.plan, net, workdir)
     write_json(workdir / "result.json", summary)
     print(_last_words(summary, workdir))
@@ -41,7 +43,8 @@ def _network(
     dataset: Dataset, chosen: Architecture, data: FederatedData, algorithm: Algorithm, plan, net: Net, workdir: Path
 ) -> dict:
     """Writes the network and its genotype -> the figures of the file, which is read back and asked."""
-    expected = np.asarray(algorithm.forward(net, data.image[data.central[:64]], False)[0])
+    forward = jax.jit(algorithm.forward, static_argnums=2)
+    expected = np.asarray(forward(net, data.image[data.central[:64]], False)[0])
     if chosen.genotype is not None:
         graph = chosen.space.graph
         plan = genotypes.to_plan(graph, chosen.genotype)
