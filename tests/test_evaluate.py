@@ -100,6 +100,19 @@ def test_devices_divide_the_rows_and_the_moments(data, net, bn_eval, size):
         np.testing.assert_allclose(engine.in_order(x, mesh)[:size], getattr(one, name)[:size], rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.parametrize(
+    ("bn_eval", "devices", "batch", "divides"),
+    [
+        ("running", 3, 7, True), ("recalibrated", 4, 250, True), ("recalibrated", 3, 250, False),
+        ("recalibrated", 4, 300, False), ("batch", 2, 250, False),
+    ],
+)  # fmt: skip
+def test_an_evaluation_is_divided_where_batch_norm_sees_the_same_batches(bn_eval, devices, batch, divides):
+    mesh = clients_mesh(devices)
+    assert engine.dividing(mesh, batch=batch, bn_eval=bn_eval) is (mesh if divides else None)
+    assert engine.dividing(None, batch=batch, bn_eval=bn_eval) is None
+
+
 def test_unknown_bn_eval_names_the_three(data):
     for make in (
         lambda: engine.make_evaluate(toy.ALGORITHM, batch=4, bn_eval="runing"),

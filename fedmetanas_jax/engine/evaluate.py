@@ -77,8 +77,9 @@ def answers(
 def make_evaluate(algorithm: Algorithm, *, batch: int, bn_eval: str, mesh: Mesh | None = None) -> Callable:
     """-> evaluate(net, data, rows [q], size [], calibration [r]) -> Correct of the first `size` rows, jitted.
 
-    rows, calibration: int32 rows of the pool, as `divided` gives them. On a mesh every device answers a share of them.
-    `calibration` is read when bn_eval is "recalibrated"; it may be None otherwise.
+    rows, calibration: int32 rows of the pool. On a mesh (see `dividing`) every device answers a share of `rows`, as
+    `divided` deals them, and takes the moments of consecutive rows of `calibration`, which is read when bn_eval is
+    "recalibrated" and may be None otherwise.
     """
     check_bn_eval(bn_eval)
     devices = 1 if mesh is None else mesh.size
@@ -94,6 +95,13 @@ def make_evaluate(algorithm: Algorithm, *, batch: int, bn_eval: str, mesh: Mesh 
         return Correct(*answers(algorithm.forward, net, *given, batch, bn_eval == "batch"))
 
     return jax.jit(on_mesh(share, mesh, (ALL, ALL, OWN, ALL, OWN), OWN))
+
+
+def dividing(mesh: Mesh | None, *, batch: int, bn_eval: str) -> Mesh | None:
+    """The mesh, if its devices can share an evaluation and batch norm still sees the batches that one device would
+    make; else None, and each device does the whole."""
+    whole = bn_eval == "running" or (bn_eval == "recalibrated" and mesh and CALIBRATION % (mesh.size * batch) == 0)
+    return mesh if whole else None
 
 
 def divided(rows: Array, mesh: Mesh | None) -> Array:

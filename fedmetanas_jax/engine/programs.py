@@ -58,6 +58,7 @@ class Programs:
         """`at_once` is what was chosen for this algorithm before, None if nothing was."""
         self.algorithm, self.conduct, self.data, self.mesh = algorithm, conduct, data, mesh
         self.hosted, self.say = hosted, say
+        self._divides = evaluate.dividing(mesh, batch=conduct.eval_batch, bn_eval=conduct.bn_eval)
         self.at_once = conduct.at_once if conduct.at_once >= 0 else at_once
         self.seconds = self.seconds_ahead = 0.0
         self._compiled: dict = {}
@@ -111,8 +112,9 @@ class Programs:
             return state, ids, self.data, number, None if seen is None else rows(seen, ALL)
         net = jax.eval_shape(self.algorithm.global_model, state.server)
         net = jax.tree.map(lambda x: self._shaped(x.shape, x.dtype, ALL), net)
-        places, seen = rows(padded(self._places(), self.mesh), OWN), seen and rows(padded(seen, self.mesh), OWN)
-        return net, self.data, places, number, seen
+        spec = ALL if self._divides is None else OWN
+        places = rows(padded(self._places(), self._divides), spec)
+        return net, self.data, places, number, None if seen is None else rows(seen, spec)
 
     def _shaped(self, shape: tuple[int, ...], dtype, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
         where = None if self.mesh is None else NamedSharding(self.mesh, spec)
@@ -131,7 +133,7 @@ class Programs:
             shape["aggregate"] = conduct.aggregate
             return make_round(self.algorithm, **shape, **common)
         if name == "evaluation":
-            return evaluate.make_evaluate(self.algorithm, **sizes, mesh=self.mesh)
+            return evaluate.make_evaluate(self.algorithm, **sizes, mesh=self._divides)
         return evaluate.make_personal(self.algorithm, **sizes, **common)
 
     def _compile_as_many_as_fit(self, *arguments):
@@ -176,10 +178,10 @@ class Programs:
         """What the network makes of rows [q] of the pool, of which there are at most as many as the program takes."""
         calibration = self.calibration(state)
         if calibration is not None:
-            calibration = put_data(np.resize(calibration, padded(len(calibration), self.mesh)), self.mesh, OWN)
-        given = evaluate.divided(np.resize(rows, self._places()), self.mesh)
+            calibration = put_data(calibration, self._divides, OWN)
+        given = evaluate.divided(np.resize(rows, self._places()), self._divides)
         found = self("evaluation", net, self.data, given, jnp.int32(len(rows)), calibration)
-        return evaluate.Correct(*(evaluate.in_order(x, self.mesh)[: len(rows)] for x in found))
+        return evaluate.Correct(*(evaluate.in_order(x, self._divides)[: len(rows)] for x in found))
 
     def _places(self) -> int:
         """Rows that the evaluation takes."""
