@@ -11,6 +11,7 @@ from fedmetanas_jax.data import sources
 from fedmetanas_jax.models.darts import darts_space
 from fedmetanas_jax.models.mobilenetv3 import mobilenetv3
 from fedmetanas_jax.models.nasbench201 import nasbench201_space
+from fedmetanas_jax.models.space import parts_of
 from fedmetanas_jax.nas import genotype as genotypes
 from fedmetanas_jax.options import UsageError
 
@@ -40,7 +41,8 @@ def make_architecture(config: Config, dataset: sources.Dataset, factory: Callabl
         arguments = common | {"stem": config.stem, "variant": MOBILENETS[config.network]}
         return Architecture(mobilenetv3(**arguments, dtype=dtype), "mobilenetv3", arguments)
     genotype = None if searches(factory) else read_genotype(config.network)
-    arguments = common | {"width": config.width, "length": config.cells}
+    parts = () if genotype is None else parts_of(genotype)
+    arguments = common | {"width": config.width, "length": config.cells, "parts": parts}
     if config.space == "darts":
         # A genotype says itself how many nodes its cells have.
         arguments["nodes"] = config.nodes if genotype is None else len(next(iter(genotype.values())))

@@ -50,7 +50,8 @@ def make_setting(config: Config, augment, searching: bool) -> Setting:
     names = ("rounds", "epochs", "batch", "lr", "lr_end", "momentum", "weight_decay", "finetune_lr")
     clip = (5.0 if searching else 0.0) if config.clip == -1 else config.clip
     common = {name: getattr(config, name) for name in names}
-    return Setting(augment=augment, share=config.cohort / config.clients, clip=clip or None, **common)
+    share = config.cohort / config.clients
+    return Setting(augment=augment, share=share, clients=config.clients, clip=clip or None, **common)
 
 
 def make_phases(config: Config, dataset: sources.Dataset) -> tuple[list[Phase], Architecture]:
@@ -127,7 +128,8 @@ def run(
         finally:  # also of a run that was stopped or failed, to see how far it came
             lines = records.read(workdir / "records.jsonl")
             if lines:
-                graph = chosen.space.graph if searches(ALGORITHMS[config.method]) else None
+                space = first_algorithm(phases).space
+                graph = None if space is None else space.graph
                 pictures.draw(lines, graph, workdir, f"{task}, {config.method}, seed {config.seed}")
         if outcome is not None:
             deliver.finish(config, dataset, chosen, data, outcome, workdir=workdir)

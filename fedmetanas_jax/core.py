@@ -20,6 +20,7 @@ class Examples(NamedTuple):
     image: Array  # [n, h, w, c] uint8
     label: Array  # [n] int32
     weight: Array  # [n] float32, 1 = an example, 0 = padding
+    test: "Examples | None" = None  # the client's test images, for an algorithm that says that it reads them
 
 
 class FederatedData(NamedTuple):
@@ -78,9 +79,15 @@ class SearchSpace(NamedTuple):
     """All the networks of one supernet, each by its plan."""
 
     graph: Graph
-    make: Callable  # plan -> Supernet that computes the plan's operations alone
+    cells: int  # in a row, from the stem to the head
+    make: Callable  # (plan, sampled=False) -> Supernet that computes the plan's operations alone. sampled: of these,
+    #   where the program has conditionals, only what the mix does not make 0; the moments of the others are then 0
     carry_over: Callable  # (params or stats, old plan, new plan) -> the rows that the new plan keeps
-    derive: Callable  # (plan, **size) -> Model: the plan's operations, each at weight 1; `size` overrides the space's
+    derive: Callable  # plan -> Model: the plan's operations, each at weight 1
+    spread: Callable  # (value [cell types, edges, ops], plan, params or stats, rest) -> a tree like it that broadcasts
+    #   to it: the value of the operation that a number belongs to; `rest` for what belongs to none
+    resized: Callable  # (**size) -> SearchSpace whose maker got these arguments instead
+    size: dict = {}  # the arguments that it got that way
 
 
 class Mask(NamedTuple):
@@ -141,6 +148,7 @@ class Setting(NamedTuple):
     batch: int  # B
     augment: Callable  # (key, image [b, h, w, c] uint8) -> the same shape and type
     share: float = 1.0  # S / K, clients of a round of all clients
+    clients: int = 0  # K; 0 where it is not known, for methods that need not know it
     lr: float = 0.025  # of local SGD in round 0 (D-23)
     lr_end: float = 0.001  # in round R, half a cosine away (D-31)
     momentum: float = 0.9
@@ -158,7 +166,8 @@ class Algorithm(NamedTuple):
 
     init: Callable  # key -> (server, own): what the server keeps, and what every client keeps at first, () for nothing;
     #   server.round counts rounds
-    send: Callable  # (server, client [] int32, key) -> message; only arrays, since its size is the bytes down
+    send: Callable  # (server, client [] int32, key) -> message; only arrays, since its size is the bytes down. key
+    #   None: to a client that is not going to train but to use its network, so nothing is drawn
     client_update: Callable  # (message, own, Examples, key) -> Reply
     server_update: Callable  # (server, Merged) -> server
     personalize: Callable  # (message, own, Examples, key, steps [] int32) -> Net this client would use after that many
@@ -170,6 +179,10 @@ class Algorithm(NamedTuple):
     global_model: Callable | None = None  # server -> Net that serves everybody; None where there is none
     discrete_model: Callable | None = None  # server -> Net after pruning to one operation an edge
     report: Callable = lambda server: {}  # server -> dict of [] numbers for the round's record
+    held: Callable | None = None  # message -> {part: tree of bool that broadcasts to the message's and the change's}:
+    #   what of a part the client is given. The rest is not sent, and its change is exactly 0; None: everything is
+    reads_test: bool = False  # whether clients are given their test images in training, which no honest method needs
+    space: SearchSpace | None = None  # that its network is of, if it is of one
 
 
 class Phase(NamedTuple):

@@ -16,6 +16,7 @@ from fedmetanas_jax.engine.records import WorkdirError, versions
 from fedmetanas_jax.engine.run import Outcome
 from fedmetanas_jax.files import write_json, write_text
 from fedmetanas_jax.nas import genotype as genotypes
+from fedmetanas_jax.nas import mask as masks
 from fedmetanas_jax.nas import picture
 
 
@@ -45,20 +46,24 @@ def _network(
     """Writes the network and its genotype -> the figures of the file, which is read back and asked."""
     forward = jax.jit(algorithm.forward, static_argnums=2)
     expected = np.asarray(forward(net, data.image[data.central[:64]], False)[0])
+    arguments = chosen.arguments
     if chosen.genotype is not None:
         graph = chosen.space.graph
         plan = genotypes.to_plan(graph, chosen.genotype)
         net = net._replace(mix=genotypes.to_mix(graph, chosen.genotype))
-    elif chosen.space is not None and algorithm.discrete_model is not None:
-        genotype = genotypes.of_mix(chosen.space.graph, net.mix)
+    elif algorithm.space is not None:
+        space, arguments = algorithm.space, arguments | algorithm.space.size
+        if algorithm.discrete_model is None:  # it was made with this plan, each operation at weight 1
+            net = net._replace(mix=np.asarray(masks.of_plan(space.graph, plan).op, np.float32))
+        genotype = genotypes.of_mix(space.graph, net.mix)
         write_genotype(chosen, genotype, workdir)
-        write_text(workdir / "genotype.txt", genotypes.to_text(chosen.space.graph, genotype))
-        picture.draw(chosen.space.graph, genotype, workdir / "cells.png")
-        found = genotypes.to_plan(chosen.space.graph, genotype)
-        params, stats = (chosen.space.carry_over(x, plan, found) for x in (net.params, net.stats))
+        write_text(workdir / "genotype.txt", genotypes.to_text(space.graph, genotype))
+        picture.draw(space.graph, genotype, workdir / "cells.png")
+        found = genotypes.to_plan(space.graph, genotype)
+        params, stats = (space.carry_over(x, plan, found) for x in (net.params, net.stats))
         plan, net = found, Net(params, stats, net.mix)
     path, names = workdir / "network.npz", dataset.label_names
-    network.save(path, net, kind=chosen.kind, arguments=chosen.arguments, plan=plan, label_names=names)
+    network.save(path, net, kind=chosen.kind, arguments=arguments, plan=plan, label_names=names)
     # What is delivered is what was measured.
     answers = network.load(path).logits(np.asarray(data.image[data.central]))
     return {

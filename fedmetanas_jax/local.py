@@ -4,17 +4,19 @@ Everything here is written for one client and keeps its shapes whatever the clie
 padded rows, the real ones marked by `weight`, and a step that has no real row changes nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from fedmetanas_jax import tree
 from fedmetanas_jax.core import Array, Examples, Model, Setting, Tree
 
-Tasks = Literal["pairs", "one", "split"]  # how an epoch is cut into (support, query): D-7 A, B, C
+# How an epoch is cut into (support, query): D-7 A, B, C; and into (training, validation) halves of the rows.
+Tasks = Literal["pairs", "one", "split", "halves"]
 
 
 def _shuffled(key: Array, weight: Array) -> Array:
@@ -50,11 +52,15 @@ def epoch_tasks(key: Array, weight: Array, batch: int, kind: Tasks = "pairs", pa
     The parts are support and query and, for what needs a third batch, that one.
     "pairs" cuts the shuffled rows into disjoint tasks and drops the rest; "one" keeps the first such task;
     "split" draws part i from every `parts`-th row, starting at row i, the same ones in every epoch.
-    A task that holds a row of padding has weight 0 throughout. ValueError if the n rows do not fill one task.
+    "halves" passes once over the even rows, as `epoch_batches` does, beside batches drawn anew from the odd ones; its
+    tasks are as many as the even rows fill, to the last one.
+    A task of the others that holds a row of padding has weight 0 throughout. ValueError if the n rows do not fill one.
     """
     if kind not in get_args(Tasks):
         raise ValueError(f"no way of making tasks called {kind!r}; there are {', '.join(get_args(Tasks))}")
     n = weight.shape[0]
+    if kind == "halves":
+        return _halves(key, weight, batch)
     if n < parts * batch:
         raise ValueError(
             f"a task takes {parts} batches of {batch} rows but no client has more than {n}; choose a smaller batch"
@@ -68,6 +74,22 @@ def epoch_tasks(key: Array, weight: Array, batch: int, kind: Tasks = "pairs", pa
         rows = _shuffled(key, weight)[: tasks * parts * batch].reshape(tasks, parts, batch)
     whole = jnp.all(weight[rows] > 0, axis=(1, 2), keepdims=True)
     return rows, jnp.where(whole, weight[rows], 0.0)
+
+
+def _halves(key: Array, weight: Array, batch: int) -> tuple[Array, Array]:
+    """`epoch_tasks` of (training, validation) halves."""
+    order_key, key = jax.random.split(key)
+    rows, real = epoch_batches(order_key, weight[::2], batch)
+    odd = weight[1::2]
+
+    def drawn(key):
+        place = jnp.arange(batch) % max(odd.shape[0], 1)
+        order = _shuffled(key, odd)[place]
+        return 2 * order + 1, jnp.where(jnp.arange(batch) < odd.shape[0], odd[order], 0.0)
+
+    other, counted = jax.vmap(drawn)(jax.random.split(key, len(rows)))
+    here = jnp.any(real > 0, axis=1, keepdims=True)  # a step without training rows is none
+    return jnp.stack([2 * rows, other], axis=1), jnp.stack([real, counted * here], axis=1)
 
 
 def all_tasks(
@@ -126,8 +148,8 @@ def plain(loss: Callable) -> Gradient:
 
 
 def fit(
-    gradient: Gradient,
-    optimizer: optax.GradientTransformation,
+    gradient: Gradient | Sequence[Gradient],
+    optimizer: optax.GradientTransformation | Sequence[optax.GradientTransformation],
     variables: Tree,
     stats: Tree,
     data: Examples,
@@ -143,6 +165,8 @@ def fit(
 
     A gradient of one batch sees every row once an epoch; one of several sees them cut into `tasks` (D-7). A
     step without a real row changes nothing. Running stats <- (1 - momentum) stats + momentum moments, once a step.
+    Several gradients, with as many optimizers, take turns in every step on the same batches: each is taken where the
+    one before has moved the variables. Moments and metrics are the last one's.
     epochs: as many as the setting says where it is None.
     steps: stop after so many, a traced number, so that one program trains to any depth; None is all of them.
     Returns variables, stats and, where `steps` is None, metrics: those of the gradient as means over the steps with
@@ -152,7 +176,9 @@ def fit(
     if epochs == 0:
         return variables, stats, {name: jnp.float32(0) for name in ("loss", "accuracy", "image_gradients")}
     order_key, step_key = jax.random.split(key)
-    parts = gradient.batches
+    gradients = [gradient] if isinstance(gradient, Gradient) else list(gradient)
+    optimizers = [optimizer] if isinstance(gradient, Gradient) else list(optimizer)
+    parts, passes = gradients[0].batches, np.sum([g.passes for g in gradients], axis=0)
     if parts == 1:
         rows, weight = (x[:, None] for x in all_batches(order_key, data.weight, setting.batch, epochs))
     else:
@@ -160,20 +186,25 @@ def fit(
     xs = rows, weight, jax.random.split(step_key, len(rows))
 
     def step(carry, x):
-        variables, stats, state = carry
+        variables, stats, states = carry
         rows, weight, key = x
         *keys, loss_key = jax.random.split(key, parts + 1)
         batches = [
             Examples(setting.augment(k, data.image[r]), data.label[r], w)
             for k, r, w in zip(keys, rows, weight, strict=True)
         ]
-        grads, moments, metrics = gradient.of(variables, stats, batches, loss_key)
-        updates, state = optimizer.update(grads, state, variables)
-        stepped = optax.apply_updates(variables, updates), tree.lerp(stats, moments, momentum), state
+        after = []
+        for turn, (g, o, state) in enumerate(zip(gradients, optimizers, states, strict=True)):
+            turn_key = jax.random.fold_in(loss_key, turn) if turn else loss_key
+            grads, moments, metrics = g.of(variables, stats, batches, turn_key)
+            updates, state = o.update(grads, state, variables)
+            variables = optax.apply_updates(variables, updates)
+            after.append(state)
+        stepped = variables, tree.lerp(stats, moments, momentum), after
         # Without a real row the gradient is 0, yet momentum and weight decay would still move the weights.
         return tree.where(jnp.any(weight > 0), stepped, carry), metrics
 
-    start = variables, stats, optimizer.init(variables)
+    start = variables, stats, [o.init(variables) for o in optimizers]
     if steps is not None:
         limit = jnp.minimum(steps, len(rows))
         variables, stats, _ = jax.lax.fori_loop(0, limit, lambda i, carry: step(carry, tree.take(xs, i))[0], start)
@@ -182,13 +213,15 @@ def fit(
     real = jnp.any(weight > 0, axis=(1, 2))
     metrics = {name: mean_where(values, real) for name, values in metrics.items()}
     seen = jnp.sum(weight > 0, axis=(0, 2), dtype=jnp.float32)
-    return variables, stats, metrics | {"image_gradients": jnp.sum(seen * jnp.array(gradient.passes))}
+    return variables, stats, metrics | {"image_gradients": jnp.sum(seen * passes)}
 
 
 def steps_a_round(rows: int, batches: int, setting: Setting, tasks: Tasks = "pairs") -> int:
     """The steps of `fit` along a gradient of so many batches for a client that holds `rows`."""
     if batches == 1:
         return setting.epochs * -(-rows // setting.batch)
+    if tasks == "halves":
+        return setting.epochs * -(-((rows + 1) // 2) // setting.batch)
     return setting.epochs * (1 if tasks == "one" else rows // (batches * setting.batch))
 
 

@@ -4,6 +4,7 @@ A rate may be traced: optimizers are made inside the traced function, so that sc
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +81,30 @@ def adam(lr: float, weight_decay: float, b1: float = 0.5) -> optax.GradientTrans
     """Adam with L2 decay in the gradient, as PyTorch has it, and DARTS's betas: what architecture parameters take."""
     decay = optax.add_decayed_weights(weight_decay)
     return optax.chain(decay, optax.scale_by_adam(b1=b1, b2=0.999), optax.scale_by_learning_rate(lr))
+
+
+class Sampled(NamedTuple):
+    """A gradient for which only a part of a network was drawn."""
+
+    gradient: Tree
+    times: Array  # [cell types, edges, ops] how often each operation was
+
+
+def drawn_alone(optimizer: optax.GradientTransformation, moved: Callable) -> optax.GradientTransformation:
+    """`optimizer` of `Sampled` gradients: what was not drawn keeps its value, and the optimizer what it knows of it.
+
+    Otherwise weight decay and momentum would move operations that saw no image (D-17). moved: times -> a tree of bool
+    that broadcasts to the variables.
+    """
+
+    def update(updates: Sampled, state, params=None):
+        here = moved(updates.times)
+        steps, new = optimizer.update(updates.gradient, state, params)
+        held = jax.tree.map(lambda step, moves: jnp.where(moves, step, 0), steps, here)
+        kept = optax.tree.map_params(optimizer, lambda b, a, moves: jnp.where(moves, b, a), new, state, here)
+        return held, kept
+
+    return optax.GradientTransformation(optimizer.init, update)
 
 
 def weights_and_alphas(params: optax.GradientTransformation, alpha: optax.GradientTransformation):

@@ -32,8 +32,8 @@ def where(condition: Array, a: Tree, b: Tree) -> Tree:
 
 
 def lerp(a: Tree, b: Tree, share: float) -> Tree:
-    """(1 - share) a + share b: one step of an exponential moving average."""
-    return jax.tree.map(lambda x, y: (1 - share) * x + share * y, a, b)
+    """(1 - share) a + share b: one step of an exponential moving average. Where a = b it stays, to the bit."""
+    return jax.tree.map(lambda x, y: jnp.where(x == y, x, (1 - share) * x + share * y), a, b)
 
 
 def weighted_mean(stacked: Tree, weight: Array) -> Tree:

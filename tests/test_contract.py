@@ -202,10 +202,36 @@ def serialised(*trees) -> bytes:
 @pytest.mark.parametrize("name", NAMES)
 def test_bytes_counted_are_bytes_serialised(name):
     _, metrics = round_on_a_mesh(name)
-    reply, state = replies_elsewhere()[name][0], start(name)
-    message, *_ = letter(name, state, int(metrics["client"][0][0]))
-    assert metrics["bytes_up"][0].tolist() == [len(serialised(reply.change, reply.report))] * COHORT
-    assert metrics["bytes_down"][0].tolist() == [len(serialised(message))] * COHORT
+    state, held = start(name), case(name).algorithm.held or (lambda message: {})
+    for place, reply in enumerate(replies_elsewhere()[name]):
+        message, *_ = letter(name, state, int(metrics["client"][0][place]))
+        given = held(message)
+        change = {part: rows_held(given[part], x) if part in given else x for part, x in reply.change.items()}
+        whole = {part: x for part, x in message._asdict().items() if part not in given}
+        parts = [rows_held(given[part], getattr(message, part)) for part in given]
+        assert metrics["bytes_up"][0][place] == len(serialised(change, reply.report))
+        assert metrics["bytes_down"][0][place] == len(serialised(whole, parts))
+
+
+def rows_held(given, whole) -> list[np.ndarray]:
+    """What is left of a part when what the client is not given is taken out."""
+    pairs = zip(jax.tree.leaves(given), jax.tree.leaves(whole), strict=True)
+    return [np.asarray(x)[np.broadcast_to(here, x.shape)] for here, x in pairs]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_client_is_not_given_it_does_not_change(name):
+    algorithm, state = case(name).algorithm, start(name)
+    if algorithm.held is None:
+        assert not algorithm.reads_test
+        return
+    for client in range(COHORT):
+        message, *rest = letter(name, state, client)
+        reply = case(name).client_update(message, *rest)
+        for part, given in algorithm.held(message).items():
+            for here, x in zip(jax.tree.leaves(given), jax.tree.leaves(reply.change[part]), strict=True):
+                absent = np.broadcast_to(~np.asarray(here), x.shape)
+                assert not np.asarray(x)[absent].any()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -213,10 +239,13 @@ def test_a_message_is_made_once_for_all_at_once(name):
     """What is the same for every client of a message keeps one copy under vmap: the program has no array of the
     largest part of the server with the cohort in front of it before a client has trained."""
     algorithm, state = case(name).algorithm, start(name)
+    one = algorithm.send(state.server, 0, jax.random.key(0))
+    axes = jax.tree.map(lambda x: 0 if x.size < 512 else None, one)  # what is drawn for a client is small
     shapes = jax.make_jaxpr(
-        jax.vmap(lambda client: algorithm.send(state.server, client, jax.random.key(0)), out_axes=None)
+        jax.vmap(lambda client: algorithm.send(state.server, client, jax.random.key(0)), out_axes=axes)
     )(jnp.arange(COHORT)).out_avals
-    assert [x.shape for x in shapes] == [x.shape for x in jax.tree.leaves(algorithm.send(state.server, 0, None))]
+    large = [x.shape for x in shapes if np.prod(x.shape) >= 512 * COHORT]
+    assert large == [x.shape for x in jax.tree.leaves(one) if x.size >= 512 * COHORT]
 
 
 @pytest.mark.parametrize("name", NAMES)

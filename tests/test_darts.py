@@ -7,8 +7,8 @@ import pytest
 from naive_darts import naive
 
 from fedmetanas_jax.models import layers
-from fedmetanas_jax.models.darts import darts_space, reductions
-from fedmetanas_jax.models.plan import OPS
+from fedmetanas_jax.models.darts import darts_space
+from fedmetanas_jax.models.plan import OPS, reductions
 
 LENGTH, NODES = 3, 2  # cells: normal, reduction, reduction
 EDGES = 5
@@ -357,10 +357,10 @@ def test_derived_network_is_the_supernet_with_its_operations_alone(full_eval):
 
 
 def test_derived_network_may_have_another_size():
-    got, want = space().derive(TERMINAL, width=6, length=4), space(width=6, length=4).make(TERMINAL)
+    got, want = space().resized(width=6, length=4).derive(TERMINAL), space(width=6, length=4).make(TERMINAL)
     assert (shapes(got), got.macs) == (shapes(want), want.macs)
     with pytest.raises(ValueError, match="multiples of 4; they are 2 x 2"):
-        darts_space(shape=(2, 2, 1), classes=2, mean=MEAN, std=STD, length=1).derive(TERMINAL, length=8)
+        darts_space(shape=(2, 2, 1), classes=2, mean=MEAN, std=STD, length=1).resized(length=8)
 
 
 # --- Initial values, types, second derivatives -----------------------------------------------------------

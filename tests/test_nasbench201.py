@@ -197,7 +197,7 @@ def test_carry_over_leaves_what_the_smaller_network_has():
 
 
 def test_a_derived_network_may_have_another_size():
-    got, want = space().derive(ONE, width=3, length=6), space(width=3, length=6).make(ONE)
+    got, want = space().resized(width=3, length=6).derive(ONE), space(width=3, length=6).make(ONE)
     assert (shapes(got), got.macs, got.momentum) == (shapes(want), want.macs, 0.1)
 
 

@@ -13,7 +13,9 @@ from fedmetanas_jax.models.darts import darts_space
 from fedmetanas_jax.models.mobilenetv3 import mobilenetv3
 
 CLIENTS, COHORT, CLASSES = 6, 3, 4
-SETTING = Setting(rounds=60, epochs=3, batch=4, augment=lambda key, image: image, share=COHORT / CLIENTS)
+SETTING = Setting(
+    rounds=60, epochs=3, batch=4, augment=lambda key, image: image, share=COHORT / CLIENTS, clients=CLIENTS
+)
 SHAPE = {"shape": (8, 8, 1), "classes": CLASSES, "mean": (0.5,), "std": (0.25,)}
 NAMES = sorted(ALGORITHMS)
 

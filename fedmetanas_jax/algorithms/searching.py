@@ -4,6 +4,7 @@ A method says how logits become a mix, what a client descends along, and when an
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -14,7 +15,8 @@ import optax
 from fedmetanas_jax import local, tree
 from fedmetanas_jax.core import Algorithm, Alpha, Array, Depth, Mask, Net, Phase, Reply, SearchSpace, Setting, Tree
 from fedmetanas_jax.nas import mask as masks
-from fedmetanas_jax.nas import relax
+from fedmetanas_jax.nas import relax, sample
+from fedmetanas_jax.optimizers import drawn_alone
 
 
 class Server(NamedTuple):
@@ -42,14 +44,18 @@ def searching(
     depth: Depth = "epoch",
     report: Callable = lambda server: {},
     begin: Callable | None = None,
+    sampled: bool = False,
+    personal: Callable = lambda name: True,
+    discrete: Callable | None = None,
 ) -> list[Phase]:
     """A federated search of `space`: local epochs on weights and alphas, the mean of their changes, prune events.
 
     Args:
       mix: (sent: Server, alpha, key) -> [cell types, edges, ops], the weight of every operation. key None: without
         noise, as in evaluation.
-      search: (sent, loss, steps) -> (local.Gradient, optimizer), what a client does in a round of so many steps. They
-        act on {"params": w, "alpha": alpha}; loss is (variables, stats, batch, key) -> (value, (moments, accuracy)).
+      search: (sent, loss, steps) -> (local.Gradient, optimizer), what a client does in a round of so many steps, or as
+        many of both as take turns in a step. They act on {"params": w, "alpha": alpha}; loss is (variables, stats,
+        batch, key) -> (value, (moments, accuracy)). Of a sampled search the optimizer gets `Sampled` gradients.
       adapt: (sent,) -> optimizer of the plain gradient by which a client personalises both, `depth` of the way.
       prune: (server, round, last) -> Mask, what is alive after an event; `last` says whether it is the last one.
       events: the rounds before which it is called.
@@ -57,11 +63,20 @@ def searching(
       batches: how many batches a step of `search` takes, cut into `tasks` (D-7) where they are several.
       report: server -> further numbers for the round's record.
       begin: key -> the plan of the first round, for a method that does not start from the whole space.
+      sampled: whether `mix` makes most operations 0 where it draws. What is not drawn is then neither computed, where
+        the program has conditionals, nor learnt.
+      personal: (a name at the top level of params and stats) -> whether adapting moves that part's statistics.
+      discrete: server -> [cell types, edges, ops] of 0 and 1, what pruning would leave; None: the best pair of every
+        node and the best operation of every edge.
     """
     graph = space.graph
+    harden = discrete or (lambda server: relax.harden(graph, server.alpha, server.mask))
 
     def make(plan) -> Algorithm:
-        net = space.make(plan)
+        net = space.make(plan, sampled)
+
+        def drawn(operations, like):
+            return space.spread(operations, plan, like, True)
 
         def init(key):
             net_key, alpha_key = jax.random.split(key)
@@ -72,10 +87,16 @@ def searching(
             def loss(variables, stats, batch, key):
                 weights = mix(sent, variables["alpha"], key)
                 logits, moments = net.apply(variables["params"], stats, batch.image, weights, True)
+                if sampled:  # what was not computed has no moments
+                    moments = jax.tree.map(jnp.where, drawn(weights != 0, moments), moments, stats)
                 value = local.cross_entropy(logits, batch.label, batch.weight)
                 return value, (moments, local.accuracy(logits, batch.label, batch.weight))
 
             return loss
+
+        def moved(sent: Server, times: Array) -> dict:
+            every_logit = jax.tree.map(lambda _: jnp.array(True), sent.alpha)
+            return {"params": drawn(times > 0, sent.params), "alpha": every_logit}
 
         def train(gradient, optimizer, sent: Server, data, key, steps=None):
             variables = {"params": sent.params, "alpha": sent.alpha}
@@ -84,7 +105,13 @@ def searching(
 
         def client_update(sent: Server, own, data, key) -> Reply:
             steps = local.steps_a_round(len(data.label), batches, setting, tasks)
-            variables, stats, metrics = train(*search(sent, loss_of(sent), steps), sent, data, key)
+            gradient, optimizer = search(sent, loss_of(sent), steps)
+            if sampled:
+                gradient = _counting_macs(gradient, *sample.macs(space, plan))
+                optimizer = drawn_alone(optimizer, partial(moved, sent))
+            variables, stats, metrics = train(gradient, optimizer, sent, data, key)
+            if sampled:
+                metrics["macs"] *= 3 * metrics["image_gradients"]  # a backward pass costs about two forward passes
             learnt = variables | {"stats": stats}
             change = {part: tree.sub(learnt[part], getattr(sent, part)) for part in learnt}
             return Reply(change, jnp.sum(data.weight), own, (), metrics)
@@ -95,6 +122,7 @@ def searching(
 
         def personalize(sent: Server, own, data, key, steps) -> Net:
             variables, stats, _ = train(local.plain(loss_of(sent)), adapt(sent), sent, data, key, steps)
+            stats = {name: moments if personal(name) else sent.stats[name] for name, moments in stats.items()}
             return Net(variables["params"], stats, mix(sent, variables["alpha"], None))
 
         def measures(server: Server) -> dict:
@@ -116,10 +144,9 @@ def searching(
             depth=depth,
             least_rows=1 if batches == 1 else batches * setting.batch,
             global_model=lambda server: Net(server.params, server.stats, mix(server, server.alpha, None)),
-            discrete_model=lambda server: Net(
-                server.params, server.stats, relax.harden(graph, server.alpha, server.mask)
-            ),
+            discrete_model=lambda server: Net(server.params, server.stats, harden(server)),
             report=measures,
+            space=space,
         )
 
     def smaller(server: Server, plan):
@@ -135,6 +162,17 @@ def searching(
 
     first = Phase(0, lambda server, plan, key: (begin(key) if begin else masks.full_plan(graph), None), make)
     return [first, *(event(t, following is None) for t, following in pairwise([*events, None]))]
+
+
+def _counting_macs(gradient: local.Gradient, rest: int, each: Array) -> local.Gradient:
+    """The gradient with one more metric, "macs": multiply-adds of an image's forward pass through what was drawn."""
+
+    def of(variables, stats, batches, key):
+        sampled, moments, metrics = gradient.of(variables, stats, batches, key)
+        macs = rest + jnp.sum(sampled.times * each) / sum(gradient.passes)
+        return sampled, moments, metrics | {"macs": macs}
+
+    return gradient._replace(of=of)
 
 
 def hold(mask: Mask, searching: Array) -> optax.GradientTransformation:

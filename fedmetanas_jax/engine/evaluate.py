@@ -186,7 +186,7 @@ def make_personal(
 
         def client(x) -> Array:
             k, own = x
-            message = algorithm.send(state.server, k, stream_key(state.seed, "send", state.round, k))
+            message = algorithm.send(state.server, k, None)
             key = stream_key(state.seed, "personal", state.round, k)
             image, label = data.image[data.test[k]], data.label[data.test[k]]
             start = message, own, train_examples(data, k)

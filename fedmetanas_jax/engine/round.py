@@ -81,10 +81,14 @@ def state_shapes(algorithm: Algorithm, clients: int, mesh: Mesh | None = None, h
     return shapes._replace(owns=jax.tree.map(lambda x: np.empty(x.shape, x.dtype), shapes.owns))
 
 
-def train_examples(data: FederatedData, client: Array) -> Examples:
-    """The training rows of one client, [n, h, w, c]; weight 0 past its train_size."""
-    rows = data.train[client]
-    weight = (jnp.arange(rows.shape[0]) < data.train_size[client]).astype(jnp.float32)
+def train_examples(data: FederatedData, client: Array, test: bool = False) -> Examples:
+    """The training rows of one client, [n, h, w, c], weight 0 past its train_size; with its test rows, if asked for."""
+    mine = _examples(data, data.train[client], data.train_size[client])
+    return mine._replace(test=_examples(data, data.test[client], data.test_size[client])) if test else mine
+
+
+def _examples(data: FederatedData, rows: Array, size: Array) -> Examples:
+    weight = (jnp.arange(rows.shape[0]) < size).astype(jnp.float32)
     return Examples(data.image[rows], data.label[rows], weight)
 
 
@@ -134,7 +138,23 @@ def ask(algorithm: Algorithm, server: Tree, own: Tree, data: FederatedData, seed
     # `send` is part of what is mapped over clients, so what is the same for all of them exists once.
     message = algorithm.send(server, client, stream_key(seed, "send", round, client))
     work = apart(algorithm.client_update)
-    return work(message, own, train_examples(data, client), client_key(seed, round, client))
+    rows = train_examples(data, client, algorithm.reads_test)
+    reply = work(message, own, rows, client_key(seed, round, client))
+    if algorithm.held is None:
+        return reply
+    return reply._replace(metrics=reply.metrics | traffic_of(algorithm.held(message), message, reply))
+
+
+def traffic_of(held: dict, message: Tree, reply: Reply) -> dict[str, Array]:
+    """`traffic` of a client that is given, and answers, what it holds alone."""
+
+    def absent(part: str, whole: Tree) -> Array:
+        rows = jax.tree.map(lambda here, x: jnp.sum(~jnp.broadcast_to(here, x.shape)), held[part], whole)
+        return sum(n * x.dtype.itemsize for n, x in zip(jax.tree.leaves(rows), jax.tree.leaves(whole), strict=True))
+
+    down = tree.nbytes(message) - sum(absent(part, getattr(message, part)) for part in held)
+    up = tree.nbytes((reply.change, reply.report)) - sum(absent(part, reply.change[part]) for part in held)
+    return {"bytes_up": up.astype(jnp.int32), "bytes_down": down.astype(jnp.int32)}
 
 
 def traffic(algorithm: Algorithm, server: Tree, replies: Reply) -> dict[str, int]:

@@ -5,6 +5,7 @@ weight is an argument (`mix`), so the network knows nothing of softmax, Gumbel n
 statically which operations exist at all: pruning enters a smaller program here.
 """
 
+from functools import partial
 from typing import Literal
 
 import jax
@@ -12,19 +13,24 @@ import jax.numpy as jnp
 
 from fedmetanas_jax.core import Array, Plan, SearchSpace, Supernet, Tree
 from fedmetanas_jax.models import batchnorm, layers, operations
-from fedmetanas_jax.models.plan import OPS, CellPlan, darts_graph, norm_names, num_nodes, op_shapes, stacked
+from fedmetanas_jax.models.plan import (
+    OPS,
+    TYPES,
+    CellPlan,
+    darts_graph,
+    norm_names,
+    num_nodes,
+    op_shapes,
+    reductions,
+    stacked,
+)
 from fedmetanas_jax.models.scan import scanned_cell
 from fedmetanas_jax.models.side_by_side import unrolled_cell
-from fedmetanas_jax.models.space import head, head_weights, kernel, search_space, supernet
+from fedmetanas_jax.models.space import cell_types, head, head_weights, kernel, search_space, supernet
 from fedmetanas_jax.models.weights import Weight
 
 STEM_MULTIPLIER = 3
 Way = Literal["scan", "side_by_side"]
-
-
-def reductions(length: int) -> tuple[int, ...]:
-    """Indices of the reduction cells: a third and two thirds of the way."""
-    return tuple(sorted({length // 3, 2 * length // 3}))
 
 
 def suited(backend: str, plan: CellPlan) -> Way:
@@ -36,8 +42,9 @@ def suited(backend: str, plan: CellPlan) -> Way:
     return "scan" if backend == "cpu" and any(len(ops) > 1 for ops in plan) else "side_by_side"
 
 
-def declared(shape, classes: int, width: int, length: int, plan: Plan) -> tuple[dict, dict]:
-    """Weights and norms of the network by path."""
+def declared(shape, classes: int, width: int, types: list[int], plan: Plan) -> tuple[dict, dict]:
+    """Weights and norms by path of the network whose cells are of these types, numbers of the plan."""
+    length = len(types)
     area, stem = shape[0] * shape[1], STEM_MULTIPLIER * width
     weights = {("stem",): kernel((stem, shape[2], 3, 3), area)}
     weights |= {("stem_scale",): Weight((stem,), start=1.0), ("stem_shift",): Weight((stem,), start=0.0)}
@@ -53,7 +60,7 @@ def declared(shape, classes: int, width: int, length: int, plan: Plan) -> tuple[
             weights |= {(cell, name, weight): kernel(size, area) for weight, size in kernels.items()}
             norms[cell, name, "norm"] = (width,)
         area //= 4 if reduce else 1
-        stacks = stacked(plan[reduce], reduce)
+        stacks = stacked(plan[types[i]], reduce)
         for op, rows in ((op, len(edges)) for op, edges in stacks.items() if edges):
             stride = 2 if op == "skip_connect" else 1
             for name, size in op_shapes(op, width, stride).items():
@@ -83,6 +90,8 @@ def darts_space(
     width: int = 16,
     length: int = 8,
     nodes: int = 4,
+    every_edge: bool = False,
+    parts: tuple[int, ...] = (),
     dtype=jnp.float32,
     way: Way | None = None,
 ) -> SearchSpace:
@@ -90,13 +99,19 @@ def darts_space(
 
     Weights, moments, logits and the mix are float32; `dtype` is what the layers compute in. `way` changes time and
     memory alone; None: what suits JAX's default backend and the plan. Batch norms have no scale and shift, in
-    derived networks neither, so weights found by a search fit them; those may have another width and length.
+    derived networks neither, so weights found by a search fit them.
 
-    ValueError where the image cannot be halved as often as there are reduction cells.
+    every_edge: nodes sum all their inputs (`plan.darts_graph`). parts: where the cells begin that have operations of
+    their own (`plan.cell_types`).
+
+    ValueError where the image cannot be halved as often as there are reduction cells, or for `parts` that cannot be.
     """
+    _check_halvings(shape, length)
+    names, types = cell_types([TYPES[i in reductions(length)] for i in range(length)], parts)
+    if not parts:  # a network of one cell has both types all the same
+        names, types = TYPES, [int(i in reductions(length)) for i in range(length)]
 
-    def make(plan: Plan, width: int = width, length: int = length) -> Supernet:
-        _check_halvings(shape, length)
+    def make(plan: Plan, sampled: bool = False) -> Supernet:
         ways = [way or suited(jax.default_backend(), part) for part in plan]
 
         def forward(params, stats, x, train, mix):
@@ -105,25 +120,27 @@ def darts_space(
             scale, shift = (params[name].astype(x.dtype)[:, None, None, None] for name in ("stem_scale", "stem_shift"))
             s0 = s1 = scale * x + shift
             for i in range(length):
-                reduce, name = i in reductions(length), f"cell_{i}"
-                compute = scanned_cell if ways[reduce] == "scan" else unrolled_cell
+                reduce, name, kind = i in reductions(length), f"cell_{i}", types[i]
+                compute = partial(scanned_cell, sampled=sampled) if ways[kind] == "scan" else unrolled_cell
                 block, given = params[name], stats[name]
                 first, moments_0 = preprocess(block["preprocess_0"], given["preprocess_0"], s0, train)
                 second, moments_1 = preprocess(block["preprocess_1"], given["preprocess_1"], s1, train)
                 own = [{op: tree[op] for op in OPS if op in tree} for tree in (block, given)]
-                out, moments = compute(jnp.stack([first, second]), *own, mix[int(reduce)], plan[reduce], reduce, train)
+                out, moments = compute(jnp.stack([first, second]), *own, mix[kind], plan[kind], reduce, train)
                 found[name] = {"preprocess_0": moments_0, "preprocess_1": moments_1, **moments}
                 s0, s1 = s1, out.reshape(-1, *out.shape[2:])
             return head(s1, params), found
 
-        return supernet(*declared(shape, classes, width, length, plan), forward, mean, std, dtype)
+        return supernet(*declared(shape, classes, width, types, plan), forward, mean, std, dtype)
 
     def stacks(plan: Plan) -> dict:
-        kinds = [i in reductions(length) for i in range(length)]
-        return {f"cell_{i}": stacked(plan[reduce], reduce) for i, reduce in enumerate(kinds)}
+        return {f"cell_{i}": stacked(plan[kind], i in reductions(length)) for i, kind in enumerate(types)}
 
-    _check_halvings(shape, length)
-    return search_space(darts_graph(nodes), make, stacks)
+    resized = partial(
+        darts_space, shape=shape, classes=classes, mean=mean, std=std, width=width, length=length, nodes=nodes,
+        every_edge=every_edge, parts=parts, dtype=dtype, way=way,
+    )  # fmt: skip
+    return search_space(darts_graph(nodes, names, every_edge), types, make, stacks, resized)
 
 
 def _check_halvings(shape, length: int) -> None:

@@ -8,6 +8,8 @@ The program is written out cell by cell. The edges that leave one source read th
 are one convolution with more outputs.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,7 @@ from fedmetanas_jax.core import Array, Graph, Plan, SearchSpace, Supernet, Tree
 from fedmetanas_jax.models import batchnorm, layers
 from fedmetanas_jax.models.plan import CellPlan
 from fedmetanas_jax.models.sources import Source, sources, visit_all
-from fedmetanas_jax.models.space import head, head_weights, kernel, search_space, supernet
+from fedmetanas_jax.models.space import cell_types, head, head_weights, kernel, search_space, supernet
 
 OPS = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
 EDGES = tuple((i, j) for j in range(3) for i in range(j + 1))
@@ -68,9 +70,9 @@ def halving(params: Tree, stats: Tree, x: Array, train: bool) -> tuple[Array, Tr
     return layers.pointwise(jnp.mean(quarters, (2, 4)), params["shortcut"]) + y, found
 
 
-def declared(shape, classes: int, width: int, length: int, plan: Plan) -> tuple[dict, dict]:
-    """Weights and norms of the network by path."""
-    area = shape[0] * shape[1]
+def declared(shape, classes: int, width: int, types: list[int], plan: Plan) -> tuple[dict, dict]:
+    """Weights and norms by path of the network whose cells are of these types, numbers of the plan."""
+    area, length = shape[0] * shape[1], len(types)
     weights = {("stem",): kernel((width, shape[2], 3, 3), area)}
     norms: dict[tuple[str, ...], tuple[int, ...]] = {("stem_norm",): (width,)}
     for i in range(length):
@@ -80,7 +82,7 @@ def declared(shape, classes: int, width: int, length: int, plan: Plan) -> tuple[
             weights[block, "second"] = kernel((width, width, 3, 3), area)
             weights[block, "shortcut"] = kernel((width, width // 2), area)
             norms |= {(block, "first_norm"): (width,), (block, "second_norm"): (width,)}
-        for op, edges in stacked(plan[0]).items():
+        for op, edges in stacked(plan[types[i]]).items():
             if edges:
                 size = (width, width, 3, 3) if op == "nor_conv_3x3" else (width, width)
                 weights[f"cell_{i}", op, "kernel"] = kernel(size, area, (len(edges),))
@@ -96,19 +98,24 @@ def nasbench201_space(
     std: tuple[float, ...],
     width: int = 16,
     length: int = 15,
+    parts: tuple[int, ...] = (),
+    every_edge: bool = True,
     dtype=jnp.float32,
 ) -> SearchSpace:
     """The search space with C = width and length / 3 cells a stage, for images of `shape` (H, W, channels).
 
     Weights, moments, logits and the mix are float32; `dtype` is what the layers compute in. Batch norms have no
-    scale and shift, in derived networks neither; those may have another width and length.
+    scale and shift, in derived networks neither. parts: where the cells begin that have operations of their own
+    (`space.cell_types`). every_edge: of this space every edge stays, always.
 
-    ValueError where `length` is not a multiple of 3 or the image cannot be halved twice.
+    ValueError where `length` is not a multiple of 3 or the image cannot be halved twice, or for `parts` that cannot be.
     """
+    _check(shape, length)
+    if not every_edge:
+        raise ValueError("every_edge is False, but no edge of the NAS-Bench-201 space can be left out")
+    names, types = cell_types(["cell"] * length, parts)
 
-    def make(plan: Plan, width: int = width, length: int = length) -> Supernet:
-        _check(shape, length)
-
+    def make(plan: Plan, sampled: bool = False) -> Supernet:  # there are no conditionals in it
         def forward(params, stats, x, train, mix):
             x, moments = batchnorm.norm(layers.convolution(x, params["stem"]), None if train else stats["stem_norm"])
             found = {"stem_norm": moments}
@@ -117,15 +124,21 @@ def nasbench201_space(
                 if block in params:
                     x, found[block] = halving(params[block], stats[block], x, train)
                 name = f"cell_{i}"  # without a convolution it has no weights
-                x, moments = cell(params.get(name, {}), stats.get(name, {}), x, mix[0], plan[0], train)
+                x, moments = cell(params.get(name, {}), stats.get(name, {}), x, mix[types[i]], plan[types[i]], train)
                 found |= {name: moments} if moments else {}
             x, found["last_norm"] = batchnorm.norm(x, None if train else stats["last_norm"])
             return head(jax.nn.relu(x), params), found
 
-        return supernet(*declared(shape, classes, width, length, plan), forward, mean, std, dtype)
+        return supernet(*declared(shape, classes, width, types, plan), forward, mean, std, dtype)
 
-    _check(shape, length)
-    return search_space(GRAPH, make, lambda plan: {f"cell_{i}": stacked(plan[0]) for i in range(length)})
+    def stacks(plan: Plan) -> dict:
+        return {f"cell_{i}": stacked(plan[kind]) for i, kind in enumerate(types)}
+
+    resized = partial(
+        nasbench201_space, shape=shape, classes=classes, mean=mean, std=std, width=width, length=length, parts=parts,
+        every_edge=every_edge, dtype=dtype,
+    )  # fmt: skip
+    return search_space(GRAPH._replace(cell_types=names), types, make, stacks, resized)
 
 
 def _check(shape, length: int) -> None:

@@ -22,14 +22,23 @@ OPS = (
     "dil_conv_5x5",
 )
 NONE = OPS.index("none")
+TYPES = ("normal", "reduce")
 
 CellPlan = tuple[tuple[int, ...], ...]  # of one cell type: the operations alive on each edge; hashable
 
 
-def darts_graph(nodes: int) -> Graph:
-    """The cells of the DARTS space: 14 edges and 20 pairs for 4 nodes, all of which make up the output."""
+def darts_graph(nodes: int, cell_types: tuple[str, ...] = TYPES, every_edge: bool = False) -> Graph:
+    """The cells of the DARTS space: 14 edges and 20 pairs for 4 nodes, all of which make up the output.
+
+    every_edge: a node sums all its inputs, as in DARTS's own search, so there are no pairs to choose from.
+    """
     pairs = tuple((j, *two) for j in range(nodes) for two in combinations(range(j + 2), 2))
-    return Graph(("normal", "reduce"), OPS, 2, tuple(edge_ends(nodes)), pairs, tuple(range(nodes)))
+    return Graph(cell_types, OPS, 2, tuple(edge_ends(nodes)), () if every_edge else pairs, tuple(range(nodes)))
+
+
+def reductions(length: int) -> tuple[int, ...]:
+    """Indices of the reduction cells: a third and two thirds of the way."""
+    return tuple(sorted({length // 3, 2 * length // 3}))
 
 
 def edge_ends(nodes: int) -> list[tuple[int, int]]:

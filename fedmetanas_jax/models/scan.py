@@ -16,15 +16,19 @@ from jax import lax
 
 from fedmetanas_jax.core import Array, Tree
 from fedmetanas_jax.models import operations
+from fedmetanas_jax.models.operations import Op
 from fedmetanas_jax.models.plan import CellPlan, num_nodes, stack_rows
 from fedmetanas_jax.models.sources import in_edge_order
 from fedmetanas_jax.models.stages import Given, Stage, by_edge, lay_out, stages
 
 
 def scanned_cell(
-    inputs: Array, weights: Tree, stats: Tree, mix: Array, plan: CellPlan, reduce: bool, train: bool
-) -> tuple[Array, Tree]:
+    inputs: Array, weights: Tree, stats: Tree, mix: Array, plan: CellPlan, reduce: bool, train: bool,
+    sampled: bool = False,
+) -> tuple[Array, Tree]:  # fmt: skip
     """One cell: inputs [2, C, H, W, N] (preprocessed) -> ([nodes, C, H', W', N], moments of its batch norms).
+
+    sampled: what the mix makes 0 is not computed. Its moments are then 0, and so is its mix's gradient.
 
     weights, stats and moments: {op: {name: leaves [edges of its stack, ...]}}; no moments are found in evaluation.
     mix [edges, ops].
@@ -39,35 +43,43 @@ def scanned_cell(
     for stage in stages(plan, reduce):
         source = inputs if stage.stride == 2 else None
         given = lay_out(stage, rows, weights, stats, mix, train)
-        state, moments = run_stage(stage, train, source, state, given)
+        state, moments = run_stage(stage, train, sampled, source, state, given)
         found += by_edge(stage, *moments)
     return state[-nodes:], in_edge_order(found)
 
 
-def run_stage(stage: Stage, train: bool, source: Array | None, nodes: Array, given: Given) -> tuple[Array, Tree]:
+def run_stage(
+    stage: Stage, train: bool, sampled: bool, source: Array | None, nodes: Array, given: Given
+) -> tuple[Array, Tree]:
     """Adds to `nodes` [rows, C, H', W', N] what the edges of the stage contribute.
 
     source [inputs, C, H, W, N], or None where the sources are rows of `nodes` themselves. Returns
     (nodes, (moments of the operations without weights [sources, C], of the others [sources, slots, C])).
     """
     steps = stage.start, stage.reaches.any(1), stage.end, stage.alive
-    full = bool((stage.slot >= 0).all())
+    full = bool((stage.slot >= 0).all()) and not sampled
+    shared, own = (
+        tuple(Op(op.number, op.everywhere and not sampled) for op in ops) for ops in (stage.shared, stage.own)
+    )
 
     @partial(jax.checkpoint, prevent_cse=False)
     def edge(relu_x, alive, given):
         """What one edge gives by operations with weights: [C, H', W', N], zeros for an empty slot; their moments."""
 
         def run(relu_x, weights, mix, stats):
-            return operations.weighted(stage.own, stage.stride, relu_x, weights, None if train else stats, mix, alive)
+            return operations.weighted(own, stage.stride, relu_x, weights, None if train else stats, mix, alive)
 
         return operations.where_alive(full, jnp.any(alive), run, relu_x, *given)
 
     def leave(nodes, x, offers, ends, alive, given):
         """`nodes` with what leaves one source x added, and the moments found."""
         moments = [{}, {}]
-        if stage.shared:
+        if sampled:
+            offers = offers & jnp.any(given.shared_mix != 0, axis=0)
+            alive = alive & (given.mix != 0)
+        if shared:
             stats = None if train else given.shared_stats
-            y, moments[0] = operations.weightless(stage.shared, stage.stride, x, stats, given.shared_mix, offers)
+            y, moments[0] = operations.weightless(shared, stage.stride, x, stats, given.shared_mix, offers)
             nodes = nodes.at[stage.first :].add(y)
         relu_x = lax.optimization_barrier(jax.nn.relu(x))
 
@@ -76,7 +88,7 @@ def run_stage(stage: Stage, train: bool, source: Array | None, nodes: Array, giv
             y, moments = edge(relu_x, alive, given)
             return nodes.at[end].add(y), moments
 
-        if stage.own:
+        if own:
             nodes, moments[1] = lax.scan(send, nodes, (ends, alive, given.weights, given.mix, given.stats))
         return nodes, tuple(moments)
 

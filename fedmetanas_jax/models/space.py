@@ -4,7 +4,7 @@ Weights and moments of one operation are stacked over the edges of a cell that c
 {name: [edges, ...]}}}, so that cutting a network down takes rows away.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import jax
@@ -14,6 +14,29 @@ import numpy as np
 from fedmetanas_jax.core import Array, Graph, Model, SearchSpace, Supernet, Tree
 from fedmetanas_jax.models import layers
 from fedmetanas_jax.models.weights import Path, Weight, functions
+
+
+def cell_types(kinds: Sequence[str], parts: tuple[int, ...]) -> tuple[tuple[str, ...], list[int]]:
+    """The types of cells by name, and which of them each cell is; cells of a type have the same operations.
+
+    kinds: what each cell is; those are the types or, where the network is cut before the cells `parts`, those of each
+    part, named by its first cell: normal_0, reduce_0, normal_6. ValueError for cuts that cannot be.
+    """
+    names = list(kinds)
+    if parts:
+        if list(parts) != sorted({*parts}) or parts[0] < 1 or parts[-1] >= len(kinds):
+            most = len(kinds) - 1
+            raise ValueError(f"parts of the network begin at {parts}; they must be ascending cells from 1 to {most}")
+        first = [max(start for start in (0, *parts) if start <= i) for i in range(len(kinds))]
+        names = [f"{kind}_{start}" for kind, start in zip(kinds, first, strict=True)]
+    found = tuple(dict.fromkeys(names))
+    return found, [found.index(name) for name in names]
+
+
+def parts_of(names: Iterable[str]) -> tuple[int, ...]:
+    """The cells at which parts begin, read off the names of `cell_types`."""
+    ends = [name.rpartition("_")[2] for name in names]
+    return tuple(sorted({int(end) for end in ends} - {0})) if all(end.isdecimal() for end in ends) else ()
 
 
 def kernel(shape: tuple[int, ...], area: int, edges: tuple[int, ...] = ()) -> Weight:
@@ -42,8 +65,12 @@ def supernet(weights: dict, norms: dict, forward: Callable, mean, std, dtype) ->
     return Supernet(init, lambda params, stats, image, mix, train: apply(params, stats, image, train, mix), 0.1, macs)
 
 
-def search_space(graph: Graph, make: Callable, stacks: Callable) -> SearchSpace:
-    """The space of make(plan of tuples, **size) -> Supernet; stacks(plan) says {cell: {operation: its edges}}."""
+def search_space(graph: Graph, types: list[int], make: Callable, stacks: Callable, resized: Callable) -> SearchSpace:
+    """The space of make(plan of tuples, sampled) -> Supernet whose cells, named cell_0, ... are of these types.
+
+    stacks(plan) says {cell: {operation: the edges that its weights and moments are stacked over}}; resized(**size) is
+    the maker of the space with its arguments.
+    """
 
     def hashable(plan):
         return tuple(tuple(map(tuple, edges)) for edges in plan)
@@ -60,8 +87,20 @@ def search_space(graph: Graph, make: Callable, stacks: Callable) -> SearchSpace:
                 del pruned[cell]
         return pruned
 
-    def derive(plan, **size):
-        net = make(hashable(plan), **size)
+    def spread(value, plan, tree, rest):
+        found = {}
+        for kind, (cell, edges_of) in zip(types, stacks(hashable(plan)).items(), strict=True):
+            for op, edges in edges_of.items():
+                found[cell, op] = value[kind, np.array(edges, int), graph.ops.index(op)]
+
+        def of_leaf(path, x):
+            rows = found.get(tuple(key.key for key in path[:2]))
+            return jnp.asarray(rest, value.dtype) if rows is None else rows.reshape(-1, *[1] * (x.ndim - 1))
+
+        return jax.tree_util.tree_map_with_path(of_leaf, tree)
+
+    def derive(plan):
+        net = make(hashable(plan))
         mix = np.array([[[k in ops for k in range(len(graph.ops))] for ops in edges] for edges in plan], np.float32)
 
         def apply(params, stats, image, train, key=None):
@@ -69,4 +108,16 @@ def search_space(graph: Graph, make: Callable, stacks: Callable) -> SearchSpace:
 
         return Model(net.init, apply, net.momentum, net.macs, head=("head_bias", "head_kernel"))
 
-    return SearchSpace(graph, lambda plan: make(hashable(plan)), carry_over, derive)
+    def make_any(plan, sampled=False):
+        return make(hashable(plan), sampled)
+
+    return _resizable(SearchSpace(graph, len(types), make_any, carry_over, derive, spread, resized), {})
+
+
+def _resizable(space: SearchSpace, size: dict) -> SearchSpace:
+    """The space, which remembers with what arguments of its own it was made."""
+
+    def resized(**more):
+        return _resizable(space.resized(**more), size | more)
+
+    return space._replace(resized=resized, size=size)

@@ -29,14 +29,19 @@ def softmax(graph: Graph, alpha: Alpha, mask: Mask, temperature, key: Array | No
     per node. Masked entries have weight and gradient exactly 0, also where a whole row is masked.
     """
     if key is not None:
-        flat, unravel = ravel_pytree(alpha)  # one draw for all, since every draw costs compile time
-        alpha = unravel(flat + jax.random.gumbel(key, flat.shape))
+        alpha = noisy(alpha, key)
     pair = alpha.pair
     if graph.pairs:
         # Every node normalises the whole list with the other nodes' pairs masked out; each pair has one owner.
         per_node = _masked_softmax(pair[:, None] / temperature, mask.pair[:, None] & pairs_of_node(graph))
         pair = jnp.sum(per_node, axis=1)
     return Alpha(_masked_softmax(alpha.op / temperature, mask.op), pair)
+
+
+def noisy(alpha: Alpha, key: Array) -> Alpha:
+    """Logits with Gumbel noise. The largest of a row is then any of its entries as often as its softmax weight says."""
+    flat, unravel = ravel_pytree(alpha)  # one draw for all, since every draw costs compile time
+    return unravel(flat + jax.random.gumbel(key, flat.shape))
 
 
 def edge_weight(graph: Graph, pair: Array) -> Array:
