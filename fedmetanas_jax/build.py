@@ -85,10 +85,10 @@ def make_data(config: Config, dataset: sources.Dataset, least_rows: int, workdir
         raise UsageError(str(error)) from error
     smallest = min(len(rows) for rows in parts.train)
     if smallest < least_rows:
-        batches = least_rows // config.batch
+        most = smallest * config.batch // least_rows  # a task is so many batches
+        fewer = f"; config.batch can be at most {most}" if least_rows >= config.batch and most else ""
         raise UsageError(
-            f"a client has {smallest} training images, but a task of {config.method} takes {batches} batches, "
-            f"{least_rows} images; config.batch can be at most {smallest // batches}"
+            f"a client has {smallest} training images, but {config.method} needs {least_rows} of every client{fewer}"
         )
     parameters |= {"kind": config.partition, "dataset": config.dataset}
     manifest = partition.manifest(parts, *labels, classes, parameters)

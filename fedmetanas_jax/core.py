@@ -81,7 +81,7 @@ class SearchSpace(NamedTuple):
     graph: Graph
     cells: int  # in a row, from the stem to the head
     make: Callable  # (plan, sampled=False) -> Supernet that computes the plan's operations alone. sampled: of these,
-    #   where the program has conditionals, only what the mix does not make 0; the moments of the others are then 0
+    #   where the program has conditionals, only what the mix does not make 0; moments of the rest are not to be read
     carry_over: Callable  # (params or stats, old plan, new plan) -> the rows that the new plan keeps
     derive: Callable  # plan -> Model: the plan's operations, each at weight 1
     spread: Callable  # (value [cell types, edges, ops], plan, params or stats, rest) -> a tree like it that broadcasts
@@ -189,14 +189,16 @@ class Phase(NamedTuple):
     """A stretch of rounds that runs one algorithm. A run is a list of them."""
 
     start: int  # its first round
-    enter: Callable  # (the last phase's server, its plan, key) -> (plan, server); of the first phase, whose algorithm's
-    #   init makes the server: (None, None, key) -> (plan, None)
+    enter: Callable  # (the last phase's server, its plan, key) -> (plan, server), server None where it starts anew as
+    #   the algorithm's init makes it; of the first phase (None, None, key) -> (plan, None)
     make: Callable  # plan -> Algorithm; the plan is JSON, so a resumed run makes the same program
     event: str = ""  # what entering it is called in the records
     tolerance: float | None = None  # accuracy on clients' training images that entering it may cost; where it would
     #   cost more it is put off: until the next phase or, of the last one, for a while. None: it is entered anyway
     smaller: Callable | None = None  # (server, plan) -> (plan, server): the same function by the smallest program that
     #   this server calls for. When the run moves there is the engine's affair
+    ends: str = ""  # what entering it brings to an end, "search", where its weights start anew: what came before is
+    #   then measured in full a last time, and the run's result has it under this name. "": the weights go on
 
 
 class RoundState(NamedTuple):

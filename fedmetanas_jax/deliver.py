@@ -84,7 +84,10 @@ def write_genotype(chosen: Architecture, genotype: genotypes.Genotype, workdir: 
 
 
 def _last_words(summary: dict, workdir: Path) -> str:
+    search = summary.get("search", {})  # of a network that was trained again since
     named = {
+        "supernet": search.get("server_accuracy"),
+        "pruned": search.get("server_accuracy_discrete"),
         "server accuracy": summary.get("server_accuracy"),
         "after pruning": summary.get("server_accuracy_discrete"),
         "local accuracy": summary.get("local_accuracy", {}).get("mean"),

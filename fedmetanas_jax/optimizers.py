@@ -101,10 +101,17 @@ def drawn_alone(optimizer: optax.GradientTransformation, moved: Callable) -> opt
         here = moved(updates.times)
         steps, new = optimizer.update(updates.gradient, state, params)
         held = jax.tree.map(lambda step, moves: jnp.where(moves, step, 0), steps, here)
-        kept = optax.tree.map_params(optimizer, lambda b, a, moves: jnp.where(moves, b, a), new, state, here)
-        return held, kept
+        moves = optax.tree.map_params(
+            optimizer, lambda x, m: x if _is_masked(x) else m, new, here,
+            transform_non_params=lambda _: True, is_leaf=_is_masked,
+        )  # fmt: skip
+        return held, jax.tree.map(lambda m, b, a: jnp.where(m, b, a), moves, new, state)
 
     return optax.GradientTransformation(optimizer.init, update)
+
+
+def _is_masked(x) -> bool:
+    return isinstance(x, optax.MaskedNode)  # what one of several optimizers leaves to another
 
 
 def weights_and_alphas(params: optax.GradientTransformation, alpha: optax.GradientTransformation):

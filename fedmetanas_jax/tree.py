@@ -1,5 +1,7 @@
 """Arithmetic on pytrees."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -55,6 +57,11 @@ def take(stacked: Tree, rows: Array) -> Tree:
 def put(stacked: Tree, rows: Array, values: Tree) -> Tree:
     """Leaves [clients, ...] with `rows` [k] replaced by values' [k, ...]; other rows keep their bits."""
     return jax.tree.map(lambda x, v: x.at[rows].set(v), stacked, values)
+
+
+def each(function: Callable, *stacked: Tree) -> Tree:
+    """function(row, ...) of every row of leaves [k, ...]: what a server does client by client."""
+    return jax.vmap(function)(*stacked)
 
 
 def split(params: dict, names: tuple[str, ...]) -> tuple[dict, dict]:

@@ -12,8 +12,11 @@ from typing import Literal
 import optax
 
 from fedmetanas_jax import maml
+from fedmetanas_jax.algorithms import retraining
+from fedmetanas_jax.algorithms.checks import check
+from fedmetanas_jax.algorithms.personal import Part
 from fedmetanas_jax.algorithms.searching import Server, hold, searching
-from fedmetanas_jax.core import Mask, Phase, SearchSpace, Setting
+from fedmetanas_jax.core import Mask, Phase, Plan, SearchSpace, Setting
 from fedmetanas_jax.nas import mask as masks
 from fedmetanas_jax.nas import relax, schedule
 from fedmetanas_jax.optimizers import adam, local_sgd, sgd, weights_and_alphas
@@ -43,8 +46,10 @@ def fedmetanas(
     cap: float = 0.25,
     terminal: bool = True,
     prune_tolerance: float | None = 0.01,
+    retrain: float = 0.0,
     order: Literal[1, 2] = 1,
     tasks: Literal["pairs", "one", "split"] = "pairs",
+    personal: Part | None = None,
 ) -> list[Phase]:
     """Joint first-order MAML search of weights and architecture, with soft pruning.
 
@@ -71,21 +76,26 @@ def fedmetanas(
       terminal: the last event leaves one pair per node and one operation per edge.
       prune_tolerance: accuracy on the clients' training images that an event may cost; one that would cost more is put
         off and said, so that pruning is never the reason for a drop. none = any.
+      retrain: share of the rounds, at the end, in which the network found is trained again from scratch; the shares and
+        schedules of the search are then of the rounds before. 0 = none, as the paper claims to need none.
       order: 2 differentiates through the inner steps; memory grows with M, time about doubles (D-33).
       tasks: how an epoch is cut into support and query (D-7).
+      personal: what the inner steps move, for meta-FedPNAS; None: all of the network.
     """
-    _check(M=(M, M >= 0, "0 or more"), order=(order, order in (1, 2), "1 or 2"))
-    _check(prune_from=(prune_from, 0 <= prune_from <= prune_until <= 1, f"0 to prune_until = {prune_until}, that to 1"))
-    _check(prune_events=(prune_events, prune_events >= 1, "at least 1"))
-    _check(threshold=(threshold, 0 <= threshold < 1, "from 0 to below 1"))
-    _check(cap=(cap, 0 < cap <= 1, "above 0, at most 1"), warmup=(warmup, 0 <= warmup <= 1, "0 to 1"))
-    _check(alpha_lr=(alpha_lr, alpha_lr is None or alpha_lr >= 0, "none, 0 or more"))
-    _check(travel=(travel, travel >= 0, "0 or more"))
+    check(M=(M, M >= 0, "0 or more"), order=(order, order in (1, 2), "1 or 2"))
+    check(prune_from=(prune_from, 0 <= prune_from <= prune_until <= 1, f"0 to prune_until = {prune_until}, that to 1"))
+    check(prune_events=(prune_events, prune_events >= 1, "at least 1"))
+    check(threshold=(threshold, 0 <= threshold < 1, "from 0 to below 1"))
+    check(cap=(cap, 0 < cap <= 1, "above 0, at most 1"), warmup=(warmup, 0 <= warmup <= 1, "0 to 1"))
+    check(alpha_lr=(alpha_lr, alpha_lr is None or alpha_lr >= 0, "none, 0 or more"))
+    check(travel=(travel, travel >= 0, "0 or more"))
     bearable = prune_tolerance is None or prune_tolerance >= 0
-    _check(prune_tolerance=(prune_tolerance, bearable, "none, 0 or more"))
-    _check(temperature=(temperature, temperature > 0, "positive"))
-    _check(temperature_end=(temperature_end, temperature_end > 0, "positive"))
-    _check(temperature_until=(temperature_until, 0 < temperature_until <= 1, "above 0, at most 1"))
+    check(prune_tolerance=(prune_tolerance, bearable, "none, 0 or more"))
+    check(temperature=(temperature, temperature > 0, "positive"))
+    check(temperature_end=(temperature_end, temperature_end > 0, "positive"))
+    check(temperature_until=(temperature_until, 0 < temperature_until <= 1, "above 0, at most 1"))
+    check(retrain=(retrain, 0 <= retrain < 1, "from 0 to below 1"))
+    whole, setting = setting, setting._replace(rounds=setting.rounds - round(retrain * setting.rounds))
     graph, falling = space.graph, schedule.SHAPES[anneal](temperature, temperature_end, temperature_until)
 
     def tau(sent: Server):
@@ -98,7 +108,8 @@ def fedmetanas(
         return hold(sent.mask, sent.round / setting.rounds >= warmup)
 
     def inner(sent: Server):  # Eq. 9: w <- w - task_lr grad, alpha <- alpha - task_alpha_lr tau grad
-        return weights_and_alphas(sgd(task_lr), optax.chain(sgd(task_alpha_lr * tau(sent)), held(sent)))
+        both = weights_and_alphas(sgd(task_lr), optax.chain(sgd(task_alpha_lr * tau(sent)), held(sent)))
+        return both if personal is None else personal.alone(both)
 
     def client_search(sent: Server, loss, steps: int):  # Algorithm 1, lines 11 to 18
         rate = alpha_lr
@@ -120,7 +131,10 @@ def fedmetanas(
         bound = cap ** (1 - share)
         return masks.thin(graph, server.alpha, mask, tau(server), ops=ops, pairs=pairs, cap=bound)
 
-    return searching(
+    def found(server: Server) -> Plan:  # discrete also where the last event was put off, or is none
+        return masks.plan_of(graph, masks.terminal(graph, server.alpha, server.mask))
+
+    phases = searching(
         space,
         setting,
         mix=mix,
@@ -131,11 +145,7 @@ def fedmetanas(
         tolerance=prune_tolerance,
         batches=2,
         tasks=tasks,
+        personal=(lambda name: True) if personal is None else personal.has,
         report=lambda server: {"temperature": tau(server)},
     )
-
-
-def _check(**options: tuple) -> None:
-    for name, (value, good, allowed) in options.items():
-        if not good:
-            raise ValueError(f"{name} is {value}; it must be {allowed}")
+    return [*phases, retraining.retrain(space, whole, setting.rounds, found)] if retrain else phases

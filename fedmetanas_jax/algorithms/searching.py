@@ -47,6 +47,7 @@ def searching(
     sampled: bool = False,
     personal: Callable = lambda name: True,
     discrete: Callable | None = None,
+    adapt_mix: Callable | None = None,
 ) -> list[Phase]:
     """A federated search of `space`: local epochs on weights and alphas, the mean of their changes, prune events.
 
@@ -66,6 +67,7 @@ def searching(
       sampled: whether `mix` makes most operations 0 where it draws. What is not drawn is then neither computed, where
         the program has conditionals, nor learnt.
       personal: (a name at the top level of params and stats) -> whether adapting moves that part's statistics.
+      adapt_mix: as `mix`, for a client that personalises; None: `mix` itself.
       discrete: server -> [cell types, edges, ops] of 0 and 1, what pruning would leave; None: the best pair of every
         node and the best operation of every edge.
     """
@@ -83,7 +85,7 @@ def searching(
             alpha, mask = relax.init_alpha(alpha_key, graph), masks.of_plan(graph, plan)
             return Server(jnp.int32(0), *net.init(net_key), alpha, mask), ()
 
-        def loss_of(sent: Server) -> Callable:
+        def loss_of(sent: Server, mix: Callable = mix) -> Callable:
             def loss(variables, stats, batch, key):
                 weights = mix(sent, variables["alpha"], key)
                 logits, moments = net.apply(variables["params"], stats, batch.image, weights, True)
@@ -121,7 +123,8 @@ def searching(
             return server._replace(round=server.round + 1, **moved)
 
         def personalize(sent: Server, own, data, key, steps) -> Net:
-            variables, stats, _ = train(local.plain(loss_of(sent)), adapt(sent), sent, data, key, steps)
+            loss = loss_of(sent, adapt_mix or mix)
+            variables, stats, _ = train(local.plain(loss), adapt(sent), sent, data, key, steps)
             stats = {name: moments if personal(name) else sent.stats[name] for name, moments in stats.items()}
             return Net(variables["params"], stats, mix(sent, variables["alpha"], None))
 
@@ -142,7 +145,7 @@ def searching(
             forward=lambda net_of, image, train: net.apply(net_of.params, net_of.stats, image, net_of.mix, train),
             macs=net.macs,
             depth=depth,
-            least_rows=1 if batches == 1 else batches * setting.batch,
+            least_rows=1 if batches == 1 else 2 if tasks == "halves" else batches * setting.batch,
             global_model=lambda server: Net(server.params, server.stats, mix(server, server.alpha, None)),
             discrete_model=lambda server: Net(server.params, server.stats, harden(server)),
             report=measures,

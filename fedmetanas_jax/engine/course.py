@@ -93,10 +93,14 @@ class Course:
         """
         if self.done != self._due():
             return self._move_on(line, say)
+        phase, key = self.phases[self.phase + 1], self._phase_key(self.phase + 1)
+        if phase.ends:
+            line |= measure.ended(self.programs, self.state, phase.ends, line)
         before = line.get("server_accuracy") or measure.server_accuracy(self.programs, self.state)
         seconds, clock = self.programs.spent_compiling(), time.perf_counter()
-        phase, key = self.phases[self.phase + 1], self._phase_key(self.phase + 1)
         plan, server = phase.enter(self.state.server, self.plan, key)
+        if server is None:
+            server, _ = jax.jit(self._algorithm_of(self.phase + 1, plan).init)(key)
         if phase.tolerance is not None:
             cost = measure.cost(self.programs, self.state, server)
             line["event_cost_on_training_images"] = cost
@@ -106,7 +110,8 @@ class Course:
         self._enter(server, line, say)
         seconds += self._move_on(line, say)
         line["event_stall_seconds"] = time.perf_counter() - clock  # beside the compiling that was not done ahead
-        after = measure.server_accuracy(self.programs, self.state)
+        # Weights that start anew have no accuracy to compare.
+        after = None if phase.ends else measure.server_accuracy(self.programs, self.state)
         line |= measure.event(self.programs, self.state, phase.event, before, after)
         accuracy = "" if before is None or after is None else f": server accuracy {before:.4f} -> {after:.4f}"
         say(f"{phase.event} after round {self.done}{accuracy}")

@@ -36,6 +36,17 @@ def _architecture(programs: Programs, net: Net) -> dict:
     return {"mix": np.where(mix > 0, np.maximum(mix.round(3), 0.001), 0.0).tolist()}
 
 
+def ended(programs: Programs, state: RoundState, name: str, known: dict) -> dict:
+    """What a search came to whose networks are given up now: `networks`, unless they are `known`, and how much of the
+    pruned one's accuracy hangs on its batch-norm statistics, which are those of the whole supernet (D-10)."""
+    found = {"ended": name} | ({} if "server_accuracy" in known else networks(programs, state))
+    if programs.discrete_model is None:
+        return found
+    net = programs.discrete_model(state.server)
+    by = {how: programs.server_accuracy_by(how, net, state) for how in ("running", "recalibrated")}
+    return found | {f"server_accuracy_discrete_{how}": accuracy for how, accuracy in by.items()}
+
+
 def server_accuracy(programs: Programs, state: RoundState) -> float | None:
     """Of the network that serves everybody; None where there is none."""
     if programs.global_model is None:

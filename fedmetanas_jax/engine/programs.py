@@ -15,6 +15,8 @@ from fedmetanas_jax.engine import evaluate
 from fedmetanas_jax.engine.mesh import ALL, OWN, free_bytes, padded, put_data, told
 from fedmetanas_jax.engine.round import MEAN, make_round
 
+BY = "evaluation by bn_eval="  # and which: programs of `Programs.server_accuracy_by`
+
 
 class Conduct(NamedTuple):
     """How a run goes about its rounds; the names are Config's."""
@@ -134,6 +136,8 @@ class Programs:
             return make_round(self.algorithm, **shape, **common)
         if name == "evaluation":
             return evaluate.make_evaluate(self.algorithm, **sizes, mesh=self._divides)
+        if name.startswith(BY):
+            return evaluate.make_evaluate(self.algorithm, **sizes | {"bn_eval": name.removeprefix(BY)})
         return evaluate.make_personal(self.algorithm, **sizes, **common)
 
     def _compile_as_many_as_fit(self, *arguments):
@@ -162,6 +166,18 @@ class Programs:
         correct, loss = self._answers(net, state, self.data.central)
         local = evaluate.summary(evaluate.local_accuracy(jnp.asarray(correct), self.data))
         return float(np.mean(correct)), floats(local), float(np.mean(loss))
+
+    def server_accuracy_by(self, bn_eval: str, net: Net, state: RoundState) -> float:
+        """Of one network for everybody, by these statistics (see `evaluate`), whatever the run's own evaluations use.
+
+        Where it is another program every device does the whole of it: this is asked once in a run.
+        """
+        if bn_eval == self.conduct.bn_eval:
+            return self.accuracies(net, state)[0]
+        rows = np.asarray(self.data.central)
+        seen = self._drawn(state, self.conduct.cohort, evaluate.CALIBRATION)
+        found = self(f"{BY}{bn_eval}", net, self.data, rows, jnp.int32(len(rows)), seen)
+        return float(np.mean(found.correct))
 
     def training_accuracy(self, net: Net, state: RoundState) -> float:
         """Of training images drawn from all clients' in this round, by the same program."""

@@ -59,27 +59,27 @@ def check_finite(metrics: dict, start: int, stop: int, saved: list[int], lost: i
     return lost
 
 
+ACCURACIES = (
+    "server_accuracy", "server_accuracy_discrete", "server_accuracy_discrete_running",
+    "server_accuracy_discrete_recalibrated", "local_accuracy", "local_accuracy_adapted", "local_accuracy_by_depth",
+)  # fmt: skip
+
+
 def summarize(lines: list[dict]) -> dict:
     """The figures a run reports: last and best accuracies, seconds, memory (D-35: mean of the last 20 rounds).
 
-    Server accuracies are absent where a method has no network that serves everybody.
+    Server accuracies are absent where a method has no network that serves everybody. Where a phase started anew
+    (`Phase.ends`) accuracies are of what it trained; those of what came before are in a dict of their own.
     """
-    scored = [line for line in lines if "server_accuracy" in line]
-    recent = [line["server_accuracy"] for line in scored if line["round"] > lines[-1]["round"] - 20]
     seconds = [line["seconds"] for line in lines]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    names = (
-        "server_accuracy", "server_accuracy_discrete", "local_accuracy", "local_accuracy_adapted",
-        "local_accuracy_by_depth",
-    )  # fmt: skip
-    figures = {"rounds": lines[-1]["round"]}
-    for line in lines:
-        figures |= {name: line[name] for name in names if name in line}  # the last one stays
-    if scored:
-        best = max(scored, key=lambda line: line["server_accuracy"])
-        figures["server_accuracy_last_20_rounds"] = sum(recent) / len(recent)
-        figures["server_accuracy_best"] = {"round": best["round"], "accuracy": best["server_accuracy"]}
-    return figures | {
+    ended, begun = {}, 0
+    for n, line in enumerate(lines, 1):
+        if "ended" in line:
+            ended[line["ended"]], begun = _accuracies(lines[begun:n]), n
+    return {
+        **_accuracies(lines[begun:]),
+        **ended,
         "seconds_in_rounds": sum(seconds),
         "seconds_a_round_median": float(np.median(seconds)),
         "seconds_compiling": sum(line.get("compile_seconds", 0.0) for line in lines),
@@ -90,3 +90,17 @@ def summarize(lines: list[dict]) -> dict:
         "bytes_down": sum(line["bytes_down"] for line in lines),
         "host_memory_peak_bytes_of_this_process": peak,
     }
+
+
+def _accuracies(lines: list[dict]) -> dict:
+    """Of the rounds of one training: how many rounds there had been by its end, last and best accuracies."""
+    scored = [line for line in lines if "server_accuracy" in line]
+    recent = [line["server_accuracy"] for line in scored if line["round"] > lines[-1]["round"] - 20]
+    figures = {"rounds": lines[-1]["round"]}
+    for line in lines:
+        figures |= {name: line[name] for name in ACCURACIES if name in line}  # the last one stays
+    if scored:
+        best = max(scored, key=lambda line: line["server_accuracy"])
+        figures["server_accuracy_last_20_rounds"] = sum(recent) / len(recent)
+        figures["server_accuracy_best"] = {"round": best["round"], "accuracy": best["server_accuracy"]}
+    return figures

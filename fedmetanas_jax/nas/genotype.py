@@ -1,10 +1,13 @@
 """The discrete architecture a search ends with, and its forms: JSON, text, mix, plan (methods section 3.4)."""
 
 import json
+from functools import partial
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from fedmetanas_jax.core import Alpha, Graph, Mask, Plan
+from fedmetanas_jax.core import Alpha, Array, Graph, Mask, Plan
 from fedmetanas_jax.nas import mask as masks
 from fedmetanas_jax.nas import relax
 
@@ -42,6 +45,23 @@ def darts_rule(graph: Graph, alpha: Alpha, mask: Mask) -> Genotype:
             kept = sorted(edges, key=lambda e, t=t: -score[t, e])[: 2 if graph.pairs else None]
             mix[t, kept, op[t, kept]] = True
     return of_mix(graph, mix)
+
+
+@partial(jax.jit, static_argnums=0)
+def darts_mix(graph: Graph, logits: Array) -> Array:
+    """[cell types, edges, ops], 0 or 1: the mix of `darts_rule`'s network while everything is alive, on the device.
+
+    logits [cell types, edges, ops]. The graph may be of a search in which nodes summed all their inputs: what counts
+    is whether this one has pairs.
+    """
+    none = jnp.arange(len(graph.ops)) == graph.ops.index("none")
+    weight = jnp.where(none, -1.0, jax.nn.softmax(logits))
+    score, end = jnp.max(weight, axis=-1), np.array([j for _, j in graph.edges])
+    earlier = np.arange(len(end)) < np.arange(len(end))[:, None]
+    ahead = (score[:, None] > score[..., None]) | ((score[:, None] == score[..., None]) & earlier)
+    place = jnp.sum(ahead & (end == end[:, None]), axis=-1)  # of an edge among those of its node
+    kept = place < (2 if graph.pairs else len(end))
+    return jax.nn.one_hot(jnp.argmax(weight, axis=-1), len(graph.ops)) * kept[..., None]
 
 
 def pair_rule(graph: Graph, alpha: Alpha, mask: Mask) -> Genotype:
@@ -89,7 +109,12 @@ def to_mix(graph: Graph, genotype: Genotype) -> np.ndarray:
 
 def to_plan(graph: Graph, genotype: Genotype) -> Plan:
     """The program that computes this genotype alone, in the form of `mask.plan_of`; errors as `check`."""
-    return [[np.flatnonzero(edge).tolist() for edge in cell] for cell in to_mix(graph, genotype)]
+    return plan_of_mix(to_mix(graph, genotype))
+
+
+def plan_of_mix(mix) -> Plan:
+    """The program that computes the operations alone at which `mix` [cell types, edges, ops] is not 0."""
+    return [[np.flatnonzero(edge).tolist() for edge in cell] for cell in np.asarray(mix)]
 
 
 def to_json(genotype: Genotype) -> str:

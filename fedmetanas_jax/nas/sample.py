@@ -30,7 +30,7 @@ def scored(graph: Graph, alpha: Alpha, mask: Mask, key: Array) -> Array:
     z = draw(graph, alpha, mask, key).op
     probability = jnp.sum(relax.softmax(graph, alpha, mask, 1.0).op, axis=-1, where=z)
     log = jnp.log(jnp.where(probability > 0, probability, 1.0))  # 0 on an edge that has no operation
-    return z * (1 + log - jax.lax.stop_gradient(log))[..., None]
+    return z * (1 + (log - jax.lax.stop_gradient(log)))[..., None]  # exactly 1: no rounding between
 
 
 def hard_gumbel(graph: Graph, alpha: Alpha, mask: Mask, temperature, key: Array) -> Array:
@@ -39,7 +39,7 @@ def hard_gumbel(graph: Graph, alpha: Alpha, mask: Mask, temperature, key: Array)
     noisy = relax.noisy(alpha, key)
     z = relax.best(graph, noisy, mask).op
     weight = jnp.sum(relax.softmax(graph, noisy, mask, temperature).op, axis=-1, where=z)
-    return z * (1 + weight - jax.lax.stop_gradient(weight))[..., None]
+    return z * (1 + (weight - jax.lax.stop_gradient(weight)))[..., None]
 
 
 def macs(space: SearchSpace, plan: Plan) -> tuple[int, np.ndarray]:

@@ -1,0 +1,46 @@
+"""What a method does that trains the network it found again from scratch: a last phase of FedAvg."""
+
+from collections.abc import Callable
+
+from fedmetanas_jax.algorithms.fedavg import fedavg
+from fedmetanas_jax.core import Algorithm, Phase, Plan, SearchSpace, Setting
+
+
+def retrain(
+    space: SearchSpace,
+    setting: Setting,
+    start: int,
+    decode: Callable,
+    *,
+    width: int | None = None,
+    cells: int | None = None,
+) -> Phase:
+    """From round `start` to the last one, federated averaging of a network of `space` from fresh weights.
+
+    Nothing of the search survives but the network's plan: weights, statistics, optimizers and the schedule of the
+    local SGD start anew.
+
+    Paper: McMahan et al., AISTATS 2017
+
+    Args:
+      decode: the search's server -> the plan of the network it found.
+      width, cells: the network's own size; None: the space's. ValueError where the space has no such size.
+
+    ValueError where `start` leaves no round before it or after it.
+    """
+    if not 0 < start < setting.rounds:
+        raise ValueError(
+            f"of {setting.rounds} rounds the search takes {start} and training from scratch the rest; both must be at "
+            "least 1"
+        )
+    size = {name: value for name, value in (("width", width), ("length", cells)) if value is not None}
+    if wrong := [name for name, value in size.items() if value < 1]:
+        raise ValueError(
+            f"the {wrong[0]} of the network to train from scratch is {size[wrong[0]]}; it must be positive"
+        )
+    sized, rest = space.resized(**size), setting._replace(rounds=setting.rounds - start)
+
+    def make(plan: Plan) -> Algorithm:
+        return fedavg(sized.derive(plan), rest)._replace(space=sized, depth="epochs")
+
+    return Phase(start, lambda server, plan, key: (decode(server), None), make, "retrain", ends="search")
