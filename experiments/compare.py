@@ -1,12 +1,16 @@
 """Methods side by side: rates chosen on one seed, several seeds measured, equal work for all; a table.
 
     python experiments/compare.py --config=digits_dir01 --methods=fedavg,fedrep --seeds=1,2,3 --out=results/mine
+    python experiments/compare.py --methods=fedmetanas,fednas,fedrlnas --equal=rounds --rates=0.05 --out=results/mine
 
 Every method is first run with each of --rates as config.lr on --tune_seed; the rate whose clients fare best with
 the network the method gives them (mean local accuracy) is then run on --seeds. A single rate is taken as it is.
-A method whose round costs more image-gradients than FedAvg's gets fewer rounds, so that all methods compute the
-same number in total (methods section 12.3). Each run has a workdir of its own below --workdir: what is finished
-is not run again, and what was interrupted goes on. Leaves OUT.json (every run's figures) and OUT.md (the table).
+What is equal is --equal. image_gradients: a method whose first round costs more of them than FedAvg's gets fewer
+rounds, so that all methods compute the same number (methods section 12.3). rounds: all have those of the task. macs:
+all have about the multiply-adds of the first of --methods, as a run of each on --tune_seed with the rounds of the task
+counts them; schedules are shares of the rounds, so twice the rounds are about twice the work. Each run has a workdir of
+its own below --workdir: what is finished is not run again, and what was interrupted goes on. Leaves OUT.json (every
+run's figures) and OUT.md (the table).
 
 Flags of main.py (--config, --config.FIELD, --config.options.NAME, --data_dir) hold for all runs; exit status as there.
 """
@@ -14,6 +18,8 @@ Flags of main.py (--config, --config.FIELD, --config.options.NAME, --data_dir) h
 import json
 import shlex
 import sys
+from pathlib import Path
+from typing import Literal
 
 import command
 import numpy as np
@@ -30,6 +36,8 @@ OWN = {
     "seeds": Flag(tuple[int, ...], (1, 2, 3, 4, 5), "the seeds that are measured"),
     "rates": Flag(tuple[float, ...], (0.01, 0.025, 0.1), "the values of config.lr to choose from"),
     "tune_seed": Flag(int, 0, "the seed that the rate is chosen on"),
+    "options": Flag(tuple[str, ...], (), "knobs of single methods: METHOD.NAME=VALUE, separated by commas"),
+    "equal": Flag(Literal["image_gradients", "rounds", "macs"], "image_gradients", "what all methods have alike"),
     "out": Flag(str, None, "what the table and the figures are called: OUT.md, OUT.json; required"),
     "workdir": Flag(str, "runs/compare", "where the runs are kept"),
 } | {name: flag for name, flag in FLAGS.items() if name not in ("workdir", "stop_after")}
@@ -52,8 +60,8 @@ def compare(argv: list[str], asked: Parsed) -> None:
     """All runs, then the two files; argv[0] is the program. UsageError where the request makes no sense."""
     from fedmetanas_jax.engine.records import versions
 
-    names = ("methods", "seeds", "rates", "tune_seed", "out")
-    methods, seeds, rates, tune_seed, out = (asked.values[name] for name in names)
+    names = ("methods", "seeds", "rates", "tune_seed", "equal", "out")
+    methods, seeds, rates, tune_seed, equal, out = (asked.values[name] for name in names)
     if out is None:
         raise UsageError("--out=NAME is needed: where the table is written")
     for name in names[:3]:
@@ -65,20 +73,36 @@ def compare(argv: list[str], asked: Parsed) -> None:
         raise UsageError("--config.final_adapt=false leaves nothing to choose a rate by; give a single one as --rates")
     # Every request is read before the first run, so that a mistyped name costs nothing.
     every = dict.fromkeys(("fedavg", *methods))
-    configs = {method: parse([*argv, f"--config.method={method}"], OWN).config for method in every}
-    per_round = {method: image_gradients(config, asked.data_dir) for method, config in configs.items()}
-    table = []
+    argvs = {method: [*argv, f"--config.method={method}"] for method in every}
+    for option in asked.values["options"]:
+        method, dot, assignment = option.partition(".")
+        if method not in argvs or not dot or "=" not in assignment:
+            raise UsageError(f"--options: {option!r} is not METHOD.NAME=VALUE of one of --methods")
+        argvs[method].append(f"--config.options.{assignment}")
+    configs = {method: parse(line, OWN).config for method, line in argvs.items()}
+    per_round = {}
+    if equal == "image_gradients":
+        per_round = {method: image_gradients(config, asked.data_dir) for method, config in configs.items()}
+    table: list[dict] = []
     for method in methods:
-        rounds = max(1, round(configs[method].rounds * per_round["fedavg"] / per_round[method]))
+        whole = rounds = configs[method].rounds
 
-        def result(rate: float, seed: int, method=method, rounds=rounds) -> dict:
-            return one_run(argv, {"method": method, "lr": rate, "seed": seed, "rounds": rounds})
+        def result(rate: float, seed: int, rounds: int, method=method) -> dict:
+            return one_run(argvs[method], {"lr": rate, "seed": seed, "rounds": rounds})
 
-        tuning = {rate: result(rate, tune_seed)["local_accuracy_adapted"]["mean"] for rate in rates if len(rates) > 1}
+        if per_round:
+            rounds = max(1, round(whole * per_round["fedavg"] / per_round[method]))
+        elif equal == "macs":
+            macs = result(rates[0], tune_seed, whole)["macs"]
+            rounds = max(1, round(whole * (table[0]["macs"] if table else macs) / macs))
+        tried = {rate: result(rate, tune_seed, rounds) for rate in rates if len(rates) > 1}
+        tuning = {rate: found["local_accuracy_adapted"]["mean"] for rate, found in tried.items()}
         best = max(tuning, key=tuning.get, default=rates[0])
         row = {"method": method, "config": to_dict(configs[method]), "lr": best, "rounds": rounds, "tuning": tuning}
-        table.append(row | {"runs": {seed: result(best, seed) for seed in seeds}})
-        figures = {"command": shlex.join(["python", *argv]), "versions": versions(), "methods": table}
+        row |= {"macs": macs} if equal == "macs" else {}
+        table.append(row | {"runs": {seed: result(best, seed, rounds) for seed in seeds}})
+        command_line = shlex.join(["python", *argv])
+        figures = {"command": command_line, "versions": versions(), "equal": equal, "methods": table}
         write_json(f"{out}.json", figures)
         write_text(f"{out}.md", markdown(figures))
     print(markdown(figures))
@@ -106,20 +130,36 @@ def image_gradients(config: Config, data_dir: str | None) -> float:
 
 
 def one_run(argv: list[str], fields: dict) -> dict:
-    """The result.json of the run with these fields, which is begun, resumed or, if it is finished, read."""
+    """The result.json of the run with these fields, which is begun, resumed or, if it is finished, read; `argv` says
+    the method."""
     import jax
 
     from fedmetanas_jax import build
 
     asked = parse([*argv, *(f"--config.{name}={value}" for name, value in fields.items())], OWN)
-    workdir = asked.workdir / f"{asked.task}-{fields['method']}-lr{fields['lr']:g}-seed{fields['seed']}"
+    numbers = f"lr{fields['lr']:g}-rounds{fields['rounds']}-seed{fields['seed']}"
+    workdir = asked.workdir / f"{asked.task}-{asked.config.method}-{numbers}"
     result, config = workdir / "result.json", json.loads(json.dumps(to_dict(asked.config)))
     if result.exists() and json.loads((workdir / "config.json").read_text())["config"] == config:
-        return json.loads(result.read_text())
-    print(f"--- {', '.join(f'{name} {value}' for name, value in fields.items())}", flush=True)
+        return with_drop(workdir)
+    said = ", ".join(f"{name} {value}" for name, value in fields.items())
+    print(f"--- {asked.config.method}, {said}", flush=True)
     build.run(asked.config, task=asked.task, workdir=workdir, data_dir=asked.data_dir)
     jax.clear_caches()
-    return json.loads(result.read_text())
+    return with_drop(workdir)
+
+
+def with_drop(workdir: Path) -> dict:
+    """The result.json of a run and, of one that pruned, "largest_drop": the most server accuracy that pruning cost at
+    any moment; of FedNAS what it would cost the supernet."""
+    from fedmetanas_jax.engine import records
+
+    result, lines = json.loads((workdir / "result.json").read_text()), records.read(workdir / "records.jsonl")
+    sides = [(line.get("event_accuracy_before"), line.get("event_accuracy_after")) for line in lines]
+    if "search" in result:
+        sides = [tuple(result["search"].get(name) for name in ("server_accuracy", "server_accuracy_discrete"))]
+    drops = [before - after for before, after in sides if None not in (before, after)]
+    return result | ({"largest_drop": max(drops)} if drops else {})
 
 
 # Of a run's result: the column's head, the figure's place, and whether its spread over seeds is shown.
@@ -131,6 +171,7 @@ COLUMNS = (
     ("worst tenth", "local_accuracy_adapted.worst_tenth", False),
     ("one step", "local_accuracy_by_depth.step.mean", True),
     ("E epochs", "local_accuracy_by_depth.epochs.mean", True),
+    ("largest drop at pruning", "largest_drop", False),
 )
 
 
@@ -139,18 +180,21 @@ def markdown(figures: dict) -> str:
 
     "-" where a method has no such figure, as the server accuracy of one without a global network.
     """
-    heads = ("method", "lr", "rounds", *(head for head, _, _ in COLUMNS), "seconds")
+    heads = ("method", "lr", "rounds", *(head for head, _, _ in COLUMNS), "seconds", "10^9 multiply-adds", "MB sent")
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in figures["methods"]:
         runs = list(row["runs"].values())
         accuracies = [_percent(runs, place.split("."), spread) for _, place, spread in COLUMNS]
-        seconds = np.mean([run["seconds_in_rounds"] for run in runs])
-        cells = [row["method"], f"{row['lr']:g}", str(row["rounds"]), *accuracies, f"{seconds:.0f}"]
+        seconds, macs, up, down = (
+            np.mean([run[name] for run in runs]) for name in ("seconds_in_rounds", "macs", "bytes_up", "bytes_down")
+        )
+        work = [f"{seconds:.0f}", f"{macs / 1e9:.3g}", f"{(up + down) / 1e6:.3g}"]
+        cells = [row["method"], f"{row['lr']:g}", str(row["rounds"]), *accuracies, *work]
         lines.append("| " + " | ".join(cells) + " |")
     runs = list(figures["methods"][0]["runs"].values())
-    majority, work = (np.mean([run[n] for run in runs]) for n in ("majority_class_local_accuracy", "image_gradients"))
+    majority = np.mean([run["majority_class_local_accuracy"] for run in runs])
     facts = f"Always a client's most frequent class: {100 * majority:.1f} % local accuracy. "
-    facts += f"Image-gradients a run: {work:.3g}. "
+    facts += f"Equal for all: {figures['equal'].replace('_', '-')}. Seconds are those in rounds, without compiling. "
     facts += "{device} x {devices}, {cpus} CPUs, jax {jax}.".format_map(figures["versions"])
     return "\n".join([*lines, "", facts, "", f"`{figures['command']}`", ""])
 

@@ -1,5 +1,7 @@
 """The script that puts methods side by side: what it refuses, what its table says."""
 
+import json
+
 import compare
 import pytest
 
@@ -15,6 +17,9 @@ import pytest
         (["--out=x", "--stop_after=1"], "no flag 'stop_after'"),
         (["--out=x", "--methods=fedavgg"], "did you mean 'fedavg'"),
         (["--out=x", "--config.rouns=3"], "did you mean 'rounds'"),
+        (["--out=x", "--options=fedprox.mu"], "'fedprox.mu' is not METHOD.NAME=VALUE of one of --methods"),
+        (["--out=x", "--options=fedprox.nu=1"], "did you mean 'mu'"),
+        (["--out=x", "--equal=time"], "no choice 'time'"),
         (["--out=x", "--config=digits"], "did you mean 'digits_dir01'"),
         (["--out=x", "--config.final_adapt=false"], "leaves nothing to choose a rate by"),
     ],
@@ -43,8 +48,11 @@ def result(server: float | None, local: float | None, own: float) -> dict:
         "local_accuracy_adapted": spread | {"mean": own},
         "local_accuracy_by_depth": {name: spread | {"mean": mean} for name, mean in depths.items()},
         "majority_class_local_accuracy": 0.5,
-        "image_gradients": 90000.0,
         "seconds_in_rounds": 12.0,
+        "macs": 3e9,
+        "bytes_up": 10**6,
+        "bytes_down": 2 * 10**6,
+        "largest_drop": 0.011,
     }
     if server is None:  # of a method without a global network
         del found["server_accuracy"], found["local_accuracy"]
@@ -55,6 +63,7 @@ def table(*runs: dict) -> list[str]:
     return compare.markdown(
         {
             "command": "python experiments/compare.py",
+            "equal": "image_gradients",
             "versions": {"device": "cpu", "devices": 1, "cpus": 2, "jax": "0"},
             "methods": [{"method": "fedrep", "lr": 0.1, "rounds": 30, "runs": dict(enumerate(runs))}],
         }
@@ -64,12 +73,27 @@ def table(*runs: dict) -> list[str]:
 def test_the_table_by_hand():
     lines = table(result(0.6, 0.7, 0.8), result(0.8, 0.9, 0.9))
     # Standard deviations over two seeds a and b are |a - b| / sqrt(2).
-    accuracies = ["70.0 +- 14.1", "80.0 +- 14.1", "85.0 +- 7.1", "10.0", "65.0", "85.0 +- 7.1", "90.0 +- 7.1"]
-    assert lines[2] == f"| {' | '.join(['fedrep', '0.1', '30', *accuracies, '12'])} |"
+    accuracies = ["70.0 +- 14.1", "80.0 +- 14.1", "85.0 +- 7.1", "10.0", "65.0", "85.0 +- 7.1", "90.0 +- 7.1", "1.1"]
+    assert lines[2] == f"| {' | '.join(['fedrep', '0.1', '30', *accuracies, '12', '3', '3'])} |"
     assert "most frequent class: 50.0 %" in lines[4]
-    assert "Image-gradients a run: 9e+04" in lines[4]
+    assert "Equal for all: image-gradients" in lines[4]
 
 
 def test_a_figure_that_does_not_exist_is_a_dash():
     cells = table(result(None, None, 0.8))[2].split(" | ")
     assert cells[3:6] == ["-", "-", "80.0 +- 0.0"]
+
+
+def test_the_largest_drop_is_that_of_the_costliest_event_or_of_pruning_fednas(tmp_path):
+    lines = [{"round": 1}, {"round": 2, "event_accuracy_before": 0.5, "event_accuracy_after": 0.45}]
+    lines += [{"round": 3, "event_accuracy_before": 0.5, "event_accuracy_after": 0.52}]
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for result, drop in (
+        ({}, 0.05),
+        ({"search": {"server_accuracy": 0.7, "server_accuracy_discrete": 0.4}}, 0.3),
+    ):
+        (tmp_path / "result.json").write_text(json.dumps(result))
+        assert compare.with_drop(tmp_path)["largest_drop"] == pytest.approx(drop)
+    (tmp_path / "records.jsonl").write_text('{"round": 1}\n')
+    (tmp_path / "result.json").write_text("{}")
+    assert compare.with_drop(tmp_path) == {}
