@@ -1,5 +1,6 @@
 """FedPNAS and meta-FedPNAS: what is personal, the corrected gradient, what they are equal to."""
 
+from dataclasses import replace
 from functools import cache
 
 import jax
@@ -11,13 +12,19 @@ from toy_model import ask, examples, jit, unchanged
 from toy_space import flat, toy_space
 
 from fedmetanas_jax import optimizers
+from fedmetanas_jax.algorithms.fedavg import fedavg
 from fedmetanas_jax.algorithms.fedmetanas import fedmetanas
 from fedmetanas_jax.algorithms.fedpnas import _corrected, fedpnas
 from fedmetanas_jax.algorithms.metafedpnas import metafedpnas
 from fedmetanas_jax.algorithms.personal import base_of, personal_part
+from fedmetanas_jax.architecture import make_architecture
+from fedmetanas_jax.config import Config
 from fedmetanas_jax.core import Alpha
+from fedmetanas_jax.data import sources
 from fedmetanas_jax.models.darts import darts_space
 from fedmetanas_jax.models.nasbench201 import nasbench201_space
+from fedmetanas_jax.nas import genotype as genotypes
+from fedmetanas_jax.options import UsageError
 
 SHAPE = {"shape": (8, 8, 1), "classes": 3, "mean": (0.5,), "std": (0.25,)}
 SHORT = SETTING._replace(epochs=1, batch=4, augment=unchanged)
@@ -165,3 +172,24 @@ def test_a_space_of_one_cell_has_one_part():
 
 def everything_of(space):
     return [[list(range(8)) for _ in space.graph.edges] for _ in space.graph.cell_types]
+
+
+def test_a_genotype_with_cells_of_its_own_can_be_given_to_any_method(tmp_path):
+    space = darts_space(**SHAPE, width=4, length=3, nodes=1).resized(every_edge=True, parts=(1, 2))
+    mix = np.zeros((3, 2, 8))
+    for kind, ops in enumerate([(4, 3), (5, 1), (0, 6)]):
+        mix[kind, (0, 1), ops] = 1
+    genotype = genotypes.of_mix(space.graph, mix)
+    assert list(genotype) == ["normal_0", "reduce_1", "reduce_2"]
+    path = tmp_path / "genotype.json"
+    path.write_text(genotypes.to_json(genotype))
+    dataset = sources.load("digits", tmp_path)
+    config = Config(dataset="digits", network=str(path), width=4, cells=3)
+    chosen = make_architecture(config, dataset, fedavg, jnp.float32)
+    assert chosen.arguments["parts"] == (1, 2)
+    wanted = space.derive(genotypes.to_plan(space.graph, genotype))
+    assert chosen.made.macs > wanted.macs  # ten classes and not three
+    shapes = [jax.tree.map(jnp.shape, jax.eval_shape(m.init, jax.random.key(0))[0]) for m in (chosen.made, wanted)]
+    assert all(shapes[0][f"cell_{i}"] == shapes[1][f"cell_{i}"] for i in range(3))
+    with pytest.raises(UsageError, match="the genotype has cells normal_0"):
+        make_architecture(replace(config, cells=6), dataset, fedavg, jnp.float32)
