@@ -12,7 +12,7 @@ import pytest
         ([], "--out=NAME is needed"),
         (["--out=x", "--methods="], "--methods is empty"),
         (["--out=x", "--methods=fednass"], "did you mean 'fednas'"),
-        (["--out=x", "--repeats=0"], "--repeats"),
+        (["--out=x", "--repeats=0"], "repeats: '0' is not a whole number of at least 1"),
     ],
 )
 def test_what_cannot_be_is_one_line_and_status_2(arguments, message, capsys):

@@ -74,8 +74,8 @@ def fedpnas(
             # 4 the base descends along g2, the personal part along g2 - eta g1 <g1, g2>: MAML's (I - eta H) g2 with the
             # outer product g1 g1' for the Hessian H, of weights and logits apart (Eq. 9 there).
             meta = {name: part.of(_corrected(rate), g2[name], g1[name]) for name, rate in rates.items()}
-            warm = sent.round < warmup * setting.rounds
-            times = drawn[0].astype(jnp.int32) + jnp.where(warm, 0, drawn[1])
+            warm = sent.round < warmup * setting.rounds  # when the second pass counts as another of the first
+            times = drawn[0].astype(jnp.int32) + jnp.where(warm, drawn[0], drawn[1])
             gradient, moments = tree.where(warm, (g1, warm_moments), (meta, moments))
             return Sampled(gradient, times), moments, metrics | {"support_loss": first["loss"]}
 
