@@ -1,10 +1,11 @@
 """The door of every script: its flags as typed values, and one line for what makes no sense.
 
 Imports no jax, so that a mistyped name is answered at once. Exit status of every script: 0 done, 1 it failed, 2 the
-request made no sense, 130 interrupted.
+request made no sense, 130 interrupted; a run that was asked to stop by another signal: 128 + its number.
 """
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -105,8 +106,8 @@ def exit_status(action: Callable[[], int | None], failures: Callable[[], tuple] 
     """
     try:
         return action() or 0
-    except KeyboardInterrupt:  # whoever has something to save has saved it, and said how to go on
-        return 130
+    except KeyboardInterrupt as stop:  # whoever has something to save has saved it, and said how to go on
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)  # as shells have it
     except BrokenPipeError:  # whoever read the output has had enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -114,5 +115,8 @@ def exit_status(action: Callable[[], int | None], failures: Callable[[], tuple] 
         usage = isinstance(error, UsageError)
         if not usage and not isinstance(error, failures()):
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        text = str(error)
+        if isinstance(error, OSError) and error.filename:  # without its number, which tells nobody anything
+            text = f"{error.strerror}: {error.filename}"
+        print(f"error: {' '.join(text.split())}", file=sys.stderr)
         return 2 if usage else 1

@@ -2,11 +2,15 @@
 
     python experiments/main.py --config=digits_dir01 --config.rounds=20 --config.options.M=3
 
-Exit status: 0 done or paused as asked, 1 the run failed, 2 the request made no sense, 130 interrupted.
+The first Ctrl-C, SIGTERM or SIGHUP ends the run after its round, saved; Ctrl-C once more ends it at once.
+
+Exit status: 0 done or paused as asked, 1 the run failed, 2 the request made no sense, and of a run that a signal ended
+130 (Ctrl-C), 143 (SIGTERM) or 129 (SIGHUP).
 """
 
 import dataclasses
 import inspect
+import os
 import shlex
 import sys
 import typing
@@ -18,7 +22,8 @@ import command
 from command import Flag, written
 
 from fedmetanas_jax.config import Config, validate
-from fedmetanas_jax.options import UsageError, nearest, option_types, parse_options, wanted
+from fedmetanas_jax.engine.interrupt import interruptible
+from fedmetanas_jax.options import LARGEST_INT, UsageError, nearest, option_types, parse_options, parse_path, wanted
 from fedmetanas_jax.tasks import TASKS
 
 FLAGS = {
@@ -53,6 +58,9 @@ def parse(argv: list[str], own: dict[str, Flag] = FLAGS) -> Parsed:
     own: the flags beside the fields of a task, for a script whose flags are not those of FLAGS ("stop_after" may be
     missing). jax is imported only once everything else was found good, to read the method's options.
     """
+    for argument in argv[1:]:
+        if not argument.isprintable() and argument != argument.encode(errors="ignore").decode():
+            raise UsageError(f"the argument {ascii(argument)} is not UTF-8")  # no output could show it
     options, rest = command.take(argv, "config.options.")
     values = command.read(rest, own | FIELD_FLAGS | OPTIONS)
     fields = {name: values.pop(f"config.{name}") for name in FIELDS if f"config.{name}" in values}
@@ -64,7 +72,13 @@ def parse(argv: list[str], own: dict[str, Flag] = FLAGS) -> Parsed:
     if show == "run":
         validate(config)
         config = _with_options(config, TASKS[task]().method, options)
-    workdir = Path(values["workdir"] or f"runs/{task}-{config.method}").expanduser()
+    workdir = parse_path("workdir", values["workdir"] or f"runs/{task}-{config.method}")
+    if values["data_dir"]:
+        parse_path("data_dir", values["data_dir"])
+    if show == "run" and os.path.exists(workdir) and not os.path.isdir(workdir):
+        raise UsageError(f"workdir is '{workdir}', which is no folder")
+    if (values.get("stop_after") or 0) > LARGEST_INT:
+        raise UsageError(f"stop_after is {values['stop_after']}; it must be at most {LARGEST_INT}")
     go_on = shlex.join([sys.orig_argv[0], *command.take(argv, "stop_after")[1]])
     return Parsed(show, task, config, workdir, values["data_dir"], values.get("stop_after"), go_on, values)
 
@@ -84,9 +98,9 @@ def _with_options(config: Config, task_method: str, texts: dict[str, str]) -> Co
     return dataclasses.replace(config, options=defaults | from_task | parse_options(factory, texts))
 
 
-def help_text(asked: Parsed, about: str = __doc__, own: dict[str, Flag] = FLAGS) -> str:
+def help_text(asked: Parsed, about: str | None = __doc__, own: dict[str, Flag] = FLAGS) -> str:
     """Every flag with its help; the values shown are those of the chosen task and its overrides."""
-    lines = [command.help_text(about, own), "", f"Fields of a task, with their values in {asked.task}:"]
+    lines = [command.help_text(about or "", own), "", f"Fields of a task, with their values in {asked.task}:"]
     for name, field in FIELDS.items():
         choices = f" ({wanted(field.type)})" if typing.get_origin(field.type) is Literal else ""
         assignment = f"{name}={written(getattr(asked.config, name))}"
@@ -111,7 +125,7 @@ def list_text() -> str:
 
 
 def _docstring(thing: Callable) -> list[str]:
-    return inspect.getdoc(thing).splitlines()
+    return (inspect.getdoc(thing) or " ").splitlines()  # python -OO leaves none
 
 
 def failures() -> tuple:
@@ -127,7 +141,8 @@ def main(argv: list[str]) -> int:
     def answer() -> None:
         asked = parse(argv)
         if asked.show != "run":
-            print(help_text(asked) if asked.show == "help" else list_text())
+            # Flushed here, where somebody who has had enough of it is expected.
+            print(help_text(asked) if asked.show == "help" else list_text(), flush=True)
             return
         from fedmetanas_jax import build
 
@@ -135,7 +150,8 @@ def main(argv: list[str]) -> int:
         names = ("task", "workdir", "data_dir", "stop_after", "command")
         build.run(asked.config, **{name: getattr(asked, name) for name in names})
 
-    return command.exit_status(answer, failures)
+    with interruptible():  # from before jax is loaded; the run shares it
+        return command.exit_status(answer, failures)
 
 
 if __name__ == "__main__":

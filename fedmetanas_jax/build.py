@@ -1,7 +1,7 @@
 """From a Config to a finished run: the one place that knows everything."""
 
+import contextlib
 import os
-import tempfile
 from pathlib import Path
 
 import jax
@@ -14,17 +14,23 @@ from fedmetanas_jax.config import MAY_CHANGE, Config, to_dict, validate
 from fedmetanas_jax.core import Algorithm, FederatedData, Phase, Setting
 from fedmetanas_jax.data import federated, partition, picture, sources
 from fedmetanas_jax.data.augment import augmenter
-from fedmetanas_jax.engine import aggregate, records
+from fedmetanas_jax.engine import aggregate, identity, records
 from fedmetanas_jax.engine import run as engine
 from fedmetanas_jax.engine.checkpoint import CheckpointError
+from fedmetanas_jax.engine.claim import claim
+from fedmetanas_jax.engine.interrupt import interruptible
 from fedmetanas_jax.engine.mesh import clients_mesh
 from fedmetanas_jax.engine.programs import Conduct
 from fedmetanas_jax.engine.report import NonFiniteError
 from fedmetanas_jax.files import write_json
+from fedmetanas_jax.network import NetworkError
 from fedmetanas_jax.options import UsageError
 
 AHEAD = 20  # rounds in which a GPU is expected to have the next program compiled; the paper-sized events are 21 apart
-FAILURES = (UsageError, sources.DataError, records.WorkdirError, CheckpointError, NonFiniteError)
+# What a user can cause or meet. An OSError on the way is a full disk, a folder that is gone or may not be read.
+FAILURES = (
+    UsageError, sources.DataError, records.WorkdirError, CheckpointError, NonFiniteError, NetworkError, OSError,
+)  # fmt: skip
 CACHE = "~/.cache/fedmetanas_jax/xla"  # compiled programs, unless JAX_COMPILATION_CACHE_DIR says otherwise
 
 
@@ -70,17 +76,15 @@ def make_phases(config: Config, dataset: sources.Dataset) -> tuple[list[Phase], 
     return phases, chosen
 
 
-def make_data(config: Config, dataset: sources.Dataset, least_rows: int, workdir: Path) -> FederatedData:
-    """The clients' data; leaves partition.json and partition.png in the workdir.
+def deal(config: Config, dataset: sources.Dataset, least_rows: int) -> partition.Partition:
+    """Which images are whose.
 
     UsageError where a partition cannot be, or leaves a client fewer than `least_rows` training images.
     """
     classes = len(dataset.label_names)
     labels = (dataset.train_labels, dataset.test_labels)
-    names = ("clients", "train_size", "test_size", "concentration", "tau", "seed")
-    parameters = {name: getattr(config, name) for name in names}
     try:
-        parts = partition.partition(config.partition, *labels, classes=classes, **parameters)
+        parts = partition.partition(config.partition, *labels, classes=classes, **_dealing(config))
     except ValueError as error:
         raise UsageError(str(error)) from error
     smallest = min(len(rows) for rows in parts.train)
@@ -90,11 +94,29 @@ def make_data(config: Config, dataset: sources.Dataset, least_rows: int, workdir
         raise UsageError(
             f"a client has {smallest} training images, but {config.method} needs {least_rows} of every client{fewer}"
         )
-    parameters |= {"kind": config.partition, "dataset": config.dataset}
-    manifest = partition.manifest(parts, *labels, classes, parameters)
-    write_json(workdir / "partition.json", manifest)
+    return parts
+
+
+def _dealing(config: Config) -> dict:
+    """What says how the images are dealt."""
+    names = ("clients", "train_size", "test_size", "concentration", "tau", "seed")
+    return {name: getattr(config, name) for name in names}
+
+
+def describe(config: Config, dataset: sources.Dataset, parts: partition.Partition, workdir: Path) -> None:
+    """Leaves partition.json and partition.png in the workdir."""
+    classes = len(dataset.label_names)
+    labels = (dataset.train_labels, dataset.test_labels)
+    parameters = _dealing(config) | {"kind": config.partition, "dataset": config.dataset}
+    write_json(workdir / "partition.json", partition.manifest(parts, *labels, classes, parameters))
     counts = partition.histogram(parts.train, dataset.train_labels, classes)
     picture.draw(counts, dataset.label_names, workdir / "partition.png")
+
+
+def make_data(config: Config, dataset: sources.Dataset, least_rows: int, workdir: Path) -> FederatedData:
+    """The clients' data, described in the workdir. UsageError as `deal`."""
+    parts = deal(config, dataset, least_rows)
+    describe(config, dataset, parts, workdir)
     return federated.federate(dataset, parts)
 
 
@@ -107,32 +129,63 @@ def run(
     stop_after: int | None = None,
     command: str = "the same command",
 ) -> None:
-    """The whole run in `workdir`, begun or resumed. Raises one of FAILURES; KeyboardInterrupt after Ctrl-C."""
-    validate(config)
-    prepare_jax(config)
-    dataset = sources.load(config.dataset, sources.data_dir(data_dir))
-    with records.claim(workdir, to_dict(config), print, MAY_CHANGE):
-        phases, chosen = make_phases(config, dataset)
+    """The whole run in `workdir`, begun or resumed. Raises one of FAILURES; KeyboardInterrupt, holding the signal's
+    number, after Ctrl-C, SIGTERM or SIGHUP."""
+    with interruptible() as interrupt:
+        validate(config)
+        prepare_jax(config)
+        # Whatever can be refused is refused before the workdir is claimed, so that the request put right finds it free.
+        dataset = sources.load(config.dataset, sources.data_dir(data_dir))
         conduct = make_conduct(config)
-        if chosen.genotype is not None:
-            deliver.write_genotype(chosen, chosen.genotype, workdir)
         try:
             mesh = clients_mesh(config.devices)
         except ValueError as error:
             raise UsageError(str(error)) from error
-        data = make_data(config, dataset, first_algorithm(phases).least_rows, workdir)
-        try:
-            outcome = engine.run(
-                phases, data, conduct, workdir=workdir, mesh=mesh, stop_after=stop_after, go_on=command
-            )
-        finally:  # also of a run that was stopped or failed, to see how far it came
-            lines = records.read(workdir / "records.jsonl")
-            if lines:
-                space = first_algorithm(phases).space
-                graph = None if space is None else space.graph
-                pictures.draw(lines, graph, workdir, f"{task}, {config.method}, seed {config.seed}")
-        if outcome is not None:
-            deliver.finish(config, dataset, chosen, data, outcome, workdir=workdir)
+        phases, chosen = make_phases(config, dataset)
+        parts = deal(config, dataset, first_algorithm(phases).least_rows)
+        data = federated.federate(dataset, parts)
+        mine = identity.of(to_dict(config), MAY_CHANGE, data)
+        interrupt.obey()
+        with claim(workdir, to_dict(config), print, MAY_CHANGE) as claimed, _hindrances(command):
+
+            def accepted() -> None:
+                if chosen.genotype is not None:
+                    deliver.write_genotype(chosen, chosen.genotype, workdir)
+                claimed.write()
+                describe(config, dataset, parts, workdir)
+
+            def draw() -> None:
+                lines = records.read(workdir / records.RECORDS)
+                if lines:
+                    space = first_algorithm(phases).space
+                    graph = None if space is None else space.graph
+                    pictures.draw(lines, graph, workdir, f"{task}, {config.method}, seed {config.seed}")
+
+            how = {"workdir": workdir, "mesh": mesh, "stop_after": stop_after, "go_on": command}
+            try:
+                outcome = engine.run(phases, data, conduct, **how, identity=mine, accepted=accepted)
+            except BaseException:
+                if claimed.written:  # of a run that was stopped or failed too, to see how far it came
+                    with contextlib.suppress(Exception):  # what is to be told is what stopped it
+                        draw()
+                raise
+            draw()
+            if outcome is not None:
+                deliver.finish(config, dataset, chosen, data, outcome, workdir=workdir)
+
+
+@contextlib.contextmanager
+def _hindrances(command: str):
+    """WorkdirError, which says how to go on, in place of an OSError."""
+    try:
+        yield
+    except BrokenPipeError:  # nothing is wrong with the workdir: nobody reads the output any more
+        raise
+    except OSError as error:
+        what = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+        raise records.WorkdirError(
+            f"the run could not go on ({what}); once that is mended, this goes on from its last checkpoint: {command}"
+        ) from error
 
 
 def make_conduct(config: Config) -> Conduct:
@@ -174,5 +227,4 @@ def without_a_run(config: Config, data_dir: str | None) -> tuple[Algorithm, Fede
     prepare_jax(config)
     dataset = sources.load(config.dataset, sources.data_dir(data_dir))
     algorithm = first_algorithm(make_phases(config, dataset)[0])
-    with tempfile.TemporaryDirectory() as folder:
-        return algorithm, make_data(config, dataset, algorithm.least_rows, Path(folder))
+    return algorithm, federated.federate(dataset, deal(config, dataset, algorithm.least_rows))

@@ -5,15 +5,21 @@ the keyword-only arguments of its factory and travel in `Config.options`.
 """
 
 import dataclasses
-import math
 import typing
 from typing import Any, Literal
 
-from fedmetanas_jax.options import UsageError, nearest
+from fedmetanas_jax.options import LARGEST_INT, UsageError, brief, fits, nearest, wanted
+
+# Far above what anybody needs, and below what takes minutes of silence or all memory before the first message.
+MOST_CLIENTS, MOST_BATCH, MOST_DEVICES = 1_000_000, 65_536, 4_096
+MOST_WIDTH, MOST_CELLS, MOST_NODES = 65_536, 1_000, 64
+# Weights of labels as far apart as a smaller concentration makes them leave no digits for the random choice among
+# images of one label, so all clients would get the same ones.
+LEAST_CONCENTRATION = 1e-6
 
 
-def _field(default, text: str, least: int | None = None, how: bool = False):
-    return dataclasses.field(default=default, metadata={"help": text, "least": least, "how": how})
+def _field(default, text: str, least: float | None = None, how: bool = False, most: float | None = None):
+    return dataclasses.field(default=default, metadata={"help": text, "least": least, "how": how, "most": most})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,29 +39,33 @@ class Config:
     partition: Literal["dirichlet", "dirichlet_disjoint", "plato", "label_skew", "iid"] = _field(
         "dirichlet", "how the images are dealt to the clients (D-1)"
     )
-    concentration: float = _field(0.1, "of the Dirichlet partitions: smaller = fewer labels a client")
+    concentration: float = _field(
+        0.1, "of the Dirichlet partitions: smaller = fewer labels a client", least=LEAST_CONCENTRATION
+    )
     tau: int = _field(4, "labels a client has under label_skew", least=1)
-    clients: int = _field(100, "clients in all, K", least=1)
+    clients: int = _field(100, "clients in all, K", least=1, most=MOST_CLIENTS)
     cohort: int = _field(5, "clients that train in one round, S", least=1)
     train_size: int = _field(600, "training images of a client; label_skew deals out all there are", least=1)
     test_size: int = _field(600, "test images of a client", least=1)
 
     rounds: int = _field(1000, "rounds, R; every schedule is measured against it", least=1)
     epochs: int = _field(5, "local epochs a round, E", least=1)
-    batch: int = _field(32, "images in a training batch, B", least=1)
+    batch: int = _field(32, "images in a training batch, B", least=1, most=MOST_BATCH)
     augment: tuple[str, ...] = _field(
         ("crop", "flip"), "of training images, in this order: crop, flip, cutout; empty for none"
     )
-    seed: int = _field(1, "of everything random: partition, weights, cohorts, batches, noise", least=0)
+    seed: int = _field(1, "of everything random: partition, weights, cohorts, batches, noise", least=0, most=2**32 - 1)
 
-    lr: float = _field(0.025, "of local SGD in the first round (D-23); the meta optimizer's of methods with one")
-    lr_end: float = _field(0.001, "of local SGD in the last round, half a cosine away (D-31)")
-    momentum: float = _field(0.9, "of local SGD; scaffold has none")
-    weight_decay: float = _field(3e-4, "of local SGD")
+    lr: float = _field(
+        0.025, "of local SGD in the first round (D-23); the meta optimizer's of methods with one", least=0
+    )
+    lr_end: float = _field(0.001, "of local SGD in the last round, half a cosine away (D-31)", least=0)
+    momentum: float = _field(0.9, "of local SGD; scaffold has none", least=0)
+    weight_decay: float = _field(3e-4, "of local SGD", least=0)
     clip: float = _field(
         -1.0, "largest norm of a gradient of local SGD; 0: any; -1: 5 for methods that search (as DARTS), else any"
     )
-    finetune_lr: float = _field(0.01, "of the plain SGD by which a client personalises a fixed network (D-27)")
+    finetune_lr: float = _field(0.01, "of the plain SGD by which a client personalises a fixed network (D-27)", least=0)
     aggregate: str = _field(
         "mean",
         "how clients' changes become one: mean; before it, with commas between, finite:N (leave out replies that are "
@@ -63,9 +73,14 @@ class Config:
     )
 
     space: Literal["darts", "nasbench201"] = _field("darts", "the search space of methods that search")
-    width: int = _field(16, "channels of the supernet's first cells, C", least=1)
-    cells: int = _field(8, "cells of the supernet, L; a multiple of 3 in nasbench201", least=1)
-    nodes: int = _field(4, "intermediate nodes of a DARTS cell", least=1)
+    width: int = _field(16, "channels of the supernet's first cells, C", least=1, most=MOST_WIDTH)
+    cells: int = _field(
+        8,
+        "cells of the supernet, L; a multiple of 3 in nasbench201; 1 or 2 in darts are reduction cells only",
+        least=1,
+        most=MOST_CELLS,
+    )
+    nodes: int = _field(4, "intermediate nodes of a DARTS cell", least=1, most=MOST_NODES)
     network: str = _field(
         "mobilenetv3_large",
         "of methods that search nothing: mobilenetv3_large, mobilenetv3_tiny (for tests and demonstrations), or "
@@ -86,7 +101,9 @@ class Config:
         least=-1,
         how=True,
     )
-    devices: int = _field(1, "devices a round's clients are spread over; 0: all there are", least=0, how=True)
+    devices: int = _field(
+        1, "devices a round's clients are spread over; 0: all there are", least=0, how=True, most=MOST_DEVICES
+    )
     client_states: Literal["auto", "device", "host"] = _field(
         "auto", "where what clients keep between rounds is held; auto: the device, if it has room", how=True
     )
@@ -123,18 +140,10 @@ def validate(config: Config) -> None:
     What depends on the images (labels for tau, halvings of their size) is checked where they are known.
     """
     for field in dataclasses.fields(Config):
-        value, least = getattr(config, field.name), field.metadata.get("least")
-        if least is not None and value < least:
-            raise UsageError(f"config.{field.name} is {value}; it must be at least {least}")
-        if typing.get_origin(field.type) is Literal and value not in typing.get_args(field.type):
-            raise UsageError(f"config.{field.name}: {nearest('choice', value, typing.get_args(field.type))}")
-    if not (config.concentration > 0 and math.isfinite(config.concentration)):
-        raise UsageError(f"config.concentration is {config.concentration}; it must be positive and finite")
-    for name, most in (("lr", math.inf), ("lr_end", math.inf), ("weight_decay", math.inf), ("momentum", 1.0)):
-        value = getattr(config, name)
-        if not 0 <= value < most:
-            raise UsageError(f"config.{name} is {value}; it must be 0 or more{' and below 1' if most == 1 else ''}")
-    if not (math.isfinite(config.clip) and (config.clip >= 0 or config.clip == -1)):
+        _check(field, getattr(config, field.name))
+    if config.momentum >= 1:
+        raise UsageError(f"config.momentum is {config.momentum}; it must be 0 or more and below 1")
+    if config.clip < 0 and config.clip != -1:
         raise UsageError(f"config.clip is {config.clip}; it must be 0 or more, or -1 for what suits the method")
     if config.cohort > config.clients:
         raise UsageError(
@@ -142,10 +151,34 @@ def validate(config: Config) -> None:
         )
     if config.client_states == "host" and config.block > 1:
         raise UsageError(f"config.block is {config.block}; with config.client_states=host it must be 1")
-    if config.seed >= 2**32:
-        raise UsageError(f"config.seed is {config.seed}; it must be less than 2**32")
     if len(set(config.augment)) < len(config.augment):
         raise UsageError(f"config.augment names an augmentation twice: {','.join(config.augment)}")
+    factors = [("epochs", "train_size")]
+    if config.partition != "label_skew":  # which deals out what there is
+        factors += [("clients", "train_size"), ("clients", "test_size")]
+    for one, other in factors:
+        if (product := getattr(config, one) * getattr(config, other)) > LARGEST_INT:
+            raise UsageError(
+                f"config.{one} times config.{other} is {product} images; they must be at most {LARGEST_INT}"
+            )
+
+
+def _check(field: dataclasses.Field, value) -> None:
+    """UsageError unless the value is one that the field can have, whatever the others are."""
+    where, least, most = f"config.{field.name}", field.metadata.get("least"), field.metadata.get("most")
+    if typing.get_origin(field.type) is Literal and value not in typing.get_args(field.type):
+        raise UsageError(f"{where}: {nearest('choice', value, typing.get_args(field.type))}")
+    if field.name != "options" and not fits(value, field.type):
+        kind = "a finite number" if field.type is float else wanted(field.type)
+        raise UsageError(f"{where} is {brief(value)}; it must be {kind}")
+    if least is not None and value < least:
+        raise UsageError(f"{where} is {brief(value)}; it must be at least {least}{_why(field.name)}")
+    if field.type is int and value > (most := most or LARGEST_INT):
+        raise UsageError(f"{where} is {brief(value)}; it must be at most {most}")
+
+
+def _why(name: str) -> str:
+    return ", or rounding would choose the images, the same for all clients" if name == "concentration" else ""
 
 
 def to_dict(config: Config) -> dict:
@@ -158,6 +191,8 @@ def to_dict(config: Config) -> dict:
 def from_dict(plain: dict) -> Config:
     """The inverse of `to_dict`. UsageError for a field too many or too few: it is then another version's."""
     names = [field.name for field in dataclasses.fields(Config)]
+    if not isinstance(plain, dict) or not isinstance(plain.get("options", {}), dict):
+        raise UsageError("the config is no record of one: it and its options must be JSON objects")
     for name in plain:
         if name not in names:
             raise UsageError(nearest("config field", name, names))

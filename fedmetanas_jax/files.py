@@ -4,6 +4,7 @@ A file is written under another name, synced and renamed: a process killed at an
 the new one, and no reader ever finds a part.
 """
 
+import itertools
 import json
 import math
 import os
@@ -15,11 +16,22 @@ def write_bytes(path: str | Path, data: bytes) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(unfinished, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError:  # a part of a file on a full disk only takes room
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def beside(path: str | Path) -> Path:
+    """Where something can be moved out of the way: the first of PATH.1, PATH.2, ... that is not there."""
+    path = Path(path)
+    numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    return next(free for free in numbered if not free.exists())
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -7,7 +7,8 @@
 
 import io
 import json
-import zipfile
+from collections.abc import Callable
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,14 +21,12 @@ from fedmetanas_jax.files import write_bytes
 from fedmetanas_jax.models.darts import darts_space
 from fedmetanas_jax.models.mobilenetv3 import mobilenetv3
 from fedmetanas_jax.models.nasbench201 import nasbench201_space
+from fedmetanas_jax.network_file import NetworkError, check_arguments, check_arrays, check_names, check_plan, read
+from fedmetanas_jax.options import brief
 
 FORMAT = 1
 SPACES = {"darts": darts_space, "nasbench201": nasbench201_space}  # their networks have a plan and a mix
 MAKERS = SPACES | {"mobilenetv3": mobilenetv3}  # of every kind
-
-
-class NetworkError(ValueError):
-    """A file that holds no network, or images it cannot take; the message is one line."""
 
 
 class Network(NamedTuple):
@@ -43,19 +42,31 @@ class Network(NamedTuple):
         return tuple(self.header["label_names"])
 
     def logits(self, images: np.ndarray, batch: int = 250) -> np.ndarray:
-        """images [n, h, w, c] uint8 -> [n, classes] float32. NetworkError for images of another kind."""
-        images, shape = np.asarray(images), tuple(self.header["arguments"]["shape"])
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != shape:
+        """images [n, h, w, c] uint8 -> [n, classes] float32; one image [h, w, c] -> [classes].
+
+        `batch` images are computed together, the last ones filled up with repeats; where there are fewer from the
+        start, they are filled up to the next power of two only. Each of these sizes is compiled once. NetworkError for
+        images of another kind and a batch of none.
+        """
+        shape = tuple(self.header["arguments"]["shape"])
+        if isinstance(batch, bool) or not isinstance(batch, int | np.integer) or batch < 1:
+            raise NetworkError(f"batch is {brief(batch)}; it must be a whole number of at least 1")
+        try:
+            images = np.asarray(images)
+        except ValueError as error:
+            raise NetworkError(f"images are no array ({brief(error)})") from None
+        if images.dtype != np.uint8 or images.shape[-3:] != shape or images.ndim not in (3, 4):
             raise NetworkError(f"images are {images.dtype} {images.shape}; the network takes uint8 [n, {shape}]")
-        out = []
-        for start in range(0, len(images), batch):
-            chunk = images[start : start + batch]
-            filled = np.resize(chunk, (batch, *shape))  # one shape, so one program
-            out.append(np.asarray(self.apply(filled))[: len(chunk)])
-        return np.concatenate(out) if out else np.zeros((0, len(self.label_names)), np.float32)
+        many = images.reshape(-1, *shape)
+        size, out = min(int(batch), 1 << max(len(many) - 1, 0).bit_length()), []
+        for start in range(0, len(many), size):
+            chunk = many[start : start + size]
+            out.append(np.asarray(self.apply(np.resize(chunk, (size, *shape))))[: len(chunk)])
+        found = np.concatenate(out) if out else np.zeros((0, len(self.label_names)), np.float32)
+        return found if images.ndim == 4 else found[0]
 
     def predict(self, images: np.ndarray) -> np.ndarray:
-        """images [n, h, w, c] uint8 -> the most likely class of each, [n]."""
+        """images [n, h, w, c] uint8 -> the most likely class of each, [n]; of one image [h, w, c] its class, []."""
         return np.argmax(self.logits(images), -1)
 
 
@@ -65,47 +76,69 @@ def save(path: Path, net: Net, *, kind: str, arguments: dict, plan, label_names:
     `kind` is one of MAKERS, `arguments` those of its maker; one of SPACES needs the plan of the network's operations.
     """
     header = {"format": FORMAT, "kind": kind, "arguments": arguments, "plan": plan, "label_names": label_names}
-    arrays = {f"params/{name}": x for name, x in _named(net.params).items()}
-    arrays |= {f"stats/{name}": x for name, x in _named(net.stats).items()}
-    if kind in SPACES:
-        arrays["mix"] = np.asarray(net.mix)
+    arrays = {name: np.asarray(x) for name, x in _arrays(net, kind).items()}
     file = io.BytesIO()
     np.savez(file, header=np.array(json.dumps(header)), **arrays)
     write_bytes(path, file.getvalue())
 
 
 def load(path: str | Path) -> Network:
-    """The network in `path`, computing in float32. NetworkError where there is none."""
-    try:
-        # ZipFile.read verifies the checksum of every array.
-        with zipfile.ZipFile(path) as file:
-            arrays = {
-                name.removesuffix(".npy"): np.lib.format.read_array(io.BytesIO(file.read(name)), allow_pickle=False)
-                for name in file.namelist()
-            }
-        header = json.loads(str(arrays.pop("header")))
-    except FileNotFoundError:
-        raise NetworkError(f"there is no network file {path}") from None
-    except Exception as error:  # damage shows as nearly any exception of zipfile, zlib, numpy and json
-        raise NetworkError(f"{path} is no network file, or a damaged one ({error})") from error
+    """The network in `path`, computing in float32. NetworkError where there is none, or none that computes."""
+    header, arrays = read(path)
     if header.get("format") != FORMAT:
-        raise NetworkError(f"{path} has format {header.get('format')}; this version reads {FORMAT}")
-    params, stats = _nested(arrays, "params/"), _nested(arrays, "stats/")
-    arguments = {name: tuple(x) if isinstance(x, list) else x for name, x in header["arguments"].items()}
-    if header["kind"] not in MAKERS:
-        raise NetworkError(f"{path} holds a network of kind {header['kind']!r}; there are {', '.join(MAKERS)}")
-    made, net = MAKERS[header["kind"]](**arguments), Net(params, stats)
-    if header["kind"] in SPACES:
-        supernet, net = made.make(header["plan"]), net._replace(mix=jnp.asarray(arrays["mix"]))
-        apply = jax.jit(lambda image: supernet.apply(params, stats, image, net.mix, False)[0])
-    else:
-        apply = jax.jit(lambda image: made.apply(params, stats, image, False)[0])
-    return Network(net, header, apply)
+        raise NetworkError(f"{path} has format {brief(header.get('format'))}; this version reads {FORMAT}")
+    kind = header.get("kind")
+    if not isinstance(kind, str) or kind not in MAKERS:
+        raise NetworkError(f"{path} holds a network of kind {brief(kind)!r}; there are {', '.join(MAKERS)}")
+    if lacking := [name for name in ("arguments", "plan", "label_names") if name not in header]:
+        raise NetworkError(f"{path} holds no network: its header lacks {', '.join(lacking)}")
+    try:
+        forward, shapes = _made(kind, json.dumps(header["arguments"]), json.dumps(header["plan"]))
+        check_names(header["label_names"], header["arguments"]["classes"])
+        check_arrays(arrays, shapes)
+    except NetworkError as error:
+        raise NetworkError(f"{path} holds no network: {error}") from None
+    net = Net(_nested(arrays, "params/"), _nested(arrays, "stats/"))
+    if kind in SPACES:
+        net = net._replace(mix=jnp.asarray(arrays["mix"]))
+    return Network(net, header, partial(forward, net))
 
 
-def _named(tree) -> dict[str, np.ndarray]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {"/".join(str(key.key) for key in path): np.asarray(x) for path, x in leaves}
+@lru_cache(maxsize=8)
+def _made(kind: str, arguments: str, plan: str) -> tuple[Callable, dict[str, tuple[int, ...]]]:
+    """(forward: (Net, image [b, h, w, c] uint8) -> logits; the shape of every array of the file) of the network that
+    these make, as JSON. NetworkError where they make none, which is found without compiling."""
+    plan, taken = json.loads(plan), check_arguments(MAKERS[kind], json.loads(arguments))
+    try:
+        made, mix = MAKERS[kind](**taken), ()
+        if kind in SPACES:
+            graph = made.graph
+            check_plan(graph, plan)
+            made = made.make(plan)
+            mix = jax.ShapeDtypeStruct((len(graph.cell_types), len(graph.edges), len(graph.ops)), jnp.float32)
+        elif plan is not None:
+            raise NetworkError(f"the plan is {brief(plan)}, but a network of kind {kind} has none")
+
+        @jax.jit
+        def forward(net, image):
+            more = (net.mix,) if kind in SPACES else ()
+            return made.apply(net.params, net.stats, image, *more, False)[0]
+
+        net = Net(*jax.eval_shape(made.init, jax.random.key(0)), mix)
+        jax.eval_shape(forward, net, jax.ShapeDtypeStruct((1, *taken["shape"]), jnp.uint8))
+    except NetworkError:
+        raise
+    except Exception as error:  # makers and JAX each have their own for sizes that cannot be
+        said = " ".join(brief(error, 200).split())
+        raise NetworkError(f"its arguments and plan make no network ({type(error).__name__}: {said})") from None
+    return forward, {name: x.shape for name, x in _arrays(net, kind).items()}
+
+
+def _arrays(net: Net, kind: str) -> dict:
+    """The leaves of the net by the names that they have in a file."""
+    parts = {"params": net.params, "stats": net.stats} | ({"mix": net.mix} if kind in SPACES else {})
+    leaves = jax.tree_util.tree_leaves_with_path(parts)
+    return {"/".join(str(key.key) for key in path): x for path, x in leaves}
 
 
 def _nested(arrays: dict[str, np.ndarray], prefix: str) -> dict:

@@ -180,7 +180,7 @@ def test_another_machines_record_is_left_alone(worker, tmp_path):
         (["--quik"], "no flag 'quik'; did you mean 'quick'"),
         (["--quick", "--repeats=0"], "repeats: '0' is not a whole number of at least 1"),
         (["--quick", "--minutes=0"], "minutes is 0"),
-        (["--quick", "--minutes=nan"], "minutes is nan"),
+        (["--quick", "--minutes=nan"], "minutes: 'nan' is not a finite number"),
         (["--quick", "--out=table.md"], "must end in .json"),
         (["--quick", "--only=xyz"], "there are: supernet step"),
     ],

@@ -109,6 +109,46 @@ def test_no_checkpoint_is_no_error(tmp_path):
     assert Checkpoints(tmp_path / "new").restore_newest(template, pytest.fail) is None
 
 
+def test_a_folder_of_the_users_own_stays(directory):
+    for name in ("old", "damaged/3", "notes"):
+        (directory / name).mkdir(parents=True)
+        (directory / name / "mine").write_text("mine")
+    checkpoints = Checkpoints(directory)
+    checkpoints.save(4, make_state(4), {"step": 4})  # deletes checkpoint 2
+    checkpoints.close()
+    truncate(directory / "4")
+    said = []
+    assert Checkpoints(directory).restore_newest(template, said.append)[0] == 3
+    assert Checkpoints(directory).candidates() == [3]
+    Checkpoints(directory).save(4, make_state(4), {"step": 4})
+    Checkpoints(directory).save(5, make_state(5), {"step": 5})
+    truncate(directory / "5")
+    assert Checkpoints(directory).restore_newest(template, said.append)[0] == 4
+    for name in ("old", "damaged/3", "notes"):
+        assert (directory / name / "mine").read_text() == "mine"
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line_and_the_older_ones_stay(directory, monkeypatch):
+    checkpoints = Checkpoints(directory)
+
+    def full(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED:\nNo space left on device")  # as storage says it, which is no OSError
+
+    monkeypatch.setattr(checkpoints._manager, "save", full)
+    with pytest.raises(CheckpointError, match="checkpoint 4 cannot be saved in .*No space left on device") as caught:
+        checkpoints.save(4, make_state(4), {"step": 4})
+    assert "\n" not in str(caught.value)
+    assert Checkpoints(directory).restore_newest(template, pytest.fail)[0] == 3
+
+
+def test_a_folder_that_was_removed_is_not_made_anew(directory):
+    checkpoints = Checkpoints(directory)
+    shutil.rmtree(directory)
+    with pytest.raises(CheckpointError, match="checkpoints was removed while the run wrote in it"):
+        checkpoints.save(4, make_state(4), {"step": 4})
+    assert not directory.exists()
+
+
 def test_keeping_fewer_than_two_is_refused(tmp_path):
     with pytest.raises(ValueError, match="keep = 1"):
         Checkpoints(tmp_path, keep=1)

@@ -132,6 +132,18 @@ WRONG = {
     "--stop_after=0": "stop_after: '0' is not a whole number of at least 1",
     "--noconfig.final_adapt=1": "does not take an argument",
     "rounds=3": "unexpected argument 'rounds=3'",
+    "--config.lr=nan": "config.lr: 'nan' is not a finite number",
+    "--config.options.eta=inf": "config.options.eta: 'inf' is not a finite number",
+    "--config.options.M=2147483648": "config.options.M is 2147483648; it must be from",
+    f"--config.rounds={'1' * 5000}": "...' is not a whole number",
+    "--config.rounds=2147483648": "config.rounds is 2147483648; it must be at most 2147483647",
+    "--stop_after=2147483648": "stop_after is 2147483648; it must be at most 2147483647",
+    f"--config={'x' * 1000}": f"no task '{'x' * 80}...'",
+    "--workdir=~nosuchuser/x": "workdir is '~nosuchuser/x', but ~nosuchuser is no user's folder",
+    "--data_dir=~nosuchuser/x": "data_dir is '~nosuchuser/x', but ~nosuchuser is no user's folder",
+    f"--workdir={'x' * 256}": "the names in a path can have at most 255 bytes",
+    f"--workdir={MAIN}": "which is no folder",
+    "--workdir=\udcff": "the argument '--workdir=\\udcff' is not UTF-8",
 }
 
 
@@ -207,6 +219,22 @@ def test_help_lists_every_field_with_its_value_in_the_task(capsys):
         assert field.metadata["help"] in line
     assert "--config.rounds=150 " in printed
     assert "--config.augment=crop,flip " in printed
+
+
+@pytest.mark.parametrize("flag", ["--list", "--help"])
+def test_without_docstrings_the_rest_is_shown(flag):
+    line = [sys.executable, "-OO", str(MAIN), flag]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "rounds=90" in done.stdout if flag == "--help" else "  cifar10_dir01" in done.stdout
+
+
+def test_whoever_reads_one_line_of_the_list_sees_no_complaint():
+    line = [sys.executable, str(MAIN), "--list"]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()  # before anything was written
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
 
 
 def test_a_wrong_name_is_answered_before_jax_is_loaded():

@@ -1,5 +1,7 @@
 """The door of the scripts: flags as typed values, and what is answered where they make no sense."""
 
+import errno
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +39,7 @@ def test_values_are_typed_and_defaults_are_as_declared():
         ("--rat=1", "no flag 'rat'; did you mean 'rate' or 'fast'? there are: rate, names"),
         ("--task.siz=1", "no task field 'siz'; did you mean 'size'"),
         ("--rate=-1", "rate: '-1' is not a number of at least 0"),
-        ("--rate=nan", "rate: 'nan' is not a number of at least 0"),
+        ("--rate=nan", "rate: 'nan' is not a finite number"),
         ("--task.size=x", "task.size: 'x' is not a whole number or none"),
         ("--rate", "Missing value for flag --rate"),
         ("more", "unexpected argument 'more'"),
@@ -54,6 +56,24 @@ def test_help_shows_defaults():
     assert "  --rate         a number; default 0.1" in lines
     assert "  --names        several; default a,b" in lines
     assert "  --fast         yes or no" in lines
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "line"),
+    [
+        (KeyboardInterrupt(), 130, ""),
+        (KeyboardInterrupt(signal.SIGTERM), 143, ""),
+        (KeyboardInterrupt(signal.SIGHUP), 129, ""),
+        (OSError(errno.ENOSPC, "No space left on device", "a/b"), 1, "error: No space left on device: a/b\n"),
+        (OSError("the disk\nis gone"), 1, "error: the disk is gone\n"),
+    ],
+)
+def test_what_may_happen_to_a_script_is_a_status_and_at_most_a_line(raised, status, line, capsys):
+    def action():
+        raise raised
+
+    assert command.exit_status(action, lambda: (OSError,)) == status
+    assert capsys.readouterr().err == line
 
 
 def test_whoever_closes_the_pipe_gets_no_traceback():

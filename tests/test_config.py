@@ -4,12 +4,13 @@ import dataclasses
 import inspect
 import json
 import typing
+from pathlib import Path
 from typing import Literal
 
 import pytest
 
 from fedmetanas_jax.config import MAY_CHANGE, Config, from_dict, to_dict, validate
-from fedmetanas_jax.options import UsageError, nearest, option_types, parse_options, parse_value
+from fedmetanas_jax.options import UsageError, fits, nearest, option_types, parse_options, parse_path, parse_value
 from fedmetanas_jax.tasks import TASKS
 
 
@@ -70,6 +71,9 @@ def test_a_record_of_another_version_is_named():
     plain = to_dict(Config())
     with pytest.raises(UsageError, match="no config field 'round'; did you mean 'rounds'"):
         from_dict(plain | {"round": 3})
+    for other in ([], 3, plain | {"options": []}):
+        with pytest.raises(UsageError, match="the config is no record of one"):
+            from_dict(other)
     del plain["rounds"], plain["seed"]
     with pytest.raises(UsageError, match="the config lacks rounds, seed"):
         from_dict(plain)
@@ -82,14 +86,20 @@ def test_a_record_of_another_version_is_named():
         ({"rounds": 0}, "config.rounds is 0; it must be at least 1"),
         ({"eval_every": -1}, "config.eval_every is -1; it must be at least 0"),
         ({"at_once": -2}, "config.at_once is -2; it must be at least -1"),
-        ({"concentration": 0.0}, "config.concentration is 0.0; it must be positive"),
-        ({"concentration": float("nan")}, "config.concentration is nan"),
-        ({"concentration": float("inf")}, "config.concentration is inf"),
-        ({"lr": -0.1}, "config.lr is -0.1; it must be 0 or more"),
+        ({"concentration": 0.0}, "config.concentration is 0.0; it must be at least 1e-06, or rounding would"),
+        ({"concentration": 5e-324}, "config.concentration is 5e-324; it must be at least 1e-06"),
+        ({"lr": -0.1}, "config.lr is -0.1; it must be at least 0"),
+        ({"finetune_lr": -0.1}, "config.finetune_lr is -0.1; it must be at least 0"),
         ({"momentum": 1.0}, "config.momentum is 1.0; it must be 0 or more and below 1"),
         ({"clip": -2.0}, "config.clip is -2.0; it must be 0 or more, or -1"),
-        ({"weight_decay": float("nan")}, "config.weight_decay is nan"),
-        ({"seed": 2**32}, "config.seed is 4294967296; it must be less than"),
+        ({"seed": 2**32}, "config.seed is 4294967296; it must be at most 4294967295"),
+        ({"clients": 10**6, "train_size": 2148}, "clients times config.train_size is 2148000000 images; .* 2147483647"),
+        ({"clients": 10**6, "test_size": 2148}, "config.clients times config.test_size is 2148000000"),
+        ({"epochs": 10**7}, "config.epochs times config.train_size is 6000000000"),
+        ({"rounds": "3"}, "config.rounds is 3; it must be a whole number"),
+        ({"rounds": True}, "config.rounds is True; it must be a whole number"),
+        ({"rounds": 10**5000}, "config.rounds is a number of more than 80 digits; it must be at most"),
+        ({"augment": "flip"}, "config.augment is flip; it must be"),
         ({"partition": "dirichlett"}, "no choice 'dirichlett'; did you mean 'dirichlet'"),
         ({"stem": 3}, "config.stem: no choice '3'; there are: 1, 2"),
         ({"augment": ("flip", "flip")}, "names an augmentation twice"),
@@ -99,6 +109,31 @@ def test_what_makes_no_sense_is_refused_in_one_line(change, message):
     with pytest.raises(UsageError, match=message) as caught:
         validate(dataclasses.replace(Config(), **change))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e39, True, "1"])
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Config) if field.type is float])
+def test_a_real_number_is_finite_in_float32(name, value):
+    with pytest.raises(UsageError, match=f"config.{name} is .*; it must be a finite number"):
+        validate(dataclasses.replace(Config(), **{name: value}))
+
+
+MOST = {"clients": 10**6, "batch": 2**16, "devices": 2**12, "width": 2**16, "cells": 1000, "nodes": 64}
+MOST["seed"] = 2**32 - 1
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Config) if field.type is int])
+def test_a_whole_number_is_one_that_jax_counts_to(name):
+    most = MOST.get(name, 2**31 - 1)
+    with pytest.raises(UsageError, match=f"config.{name} is {most + 1}; it must be at most {most}$"):
+        validate(dataclasses.replace(Config(), **{name: most + 1}))
+    alone = {"clients": 1, "cohort": 1, "train_size": 1, "test_size": 1, "epochs": 1}
+    if name != "cohort":  # at most as many as there are clients
+        validate(dataclasses.replace(Config(), **alone | {name: most}))
+
+
+def test_label_skew_deals_out_what_there_is():
+    validate(dataclasses.replace(Config(), clients=10**6, train_size=2148, partition="label_skew"))
 
 
 def test_the_bounds_themselves_are_allowed():
@@ -154,6 +189,12 @@ def test_text_becomes_the_value_it_names(text, kind, value):
         ("1", tuple[float, float], r"'1' is not \(a number, a number\)"),
         ("1,x", tuple[int, ...], "'x' is not a whole number"),
         ("3", Literal[1, 2], "no choice '3'; there are: 1, 2"),
+        ("nan", float, "'nan' is not a finite number"),
+        ("-inf", float, "'-inf' is not a finite number"),
+        ("1e999", float, "'1e999' is not a finite number"),
+        ("nan", float | None, "'nan' is not a number or none"),
+        ("1,inf", tuple[float, float], "'inf' is not a finite number"),
+        ("1" * 5000, int, "'1{80}...' is not a whole number$"),
     ],
 )
 def test_text_of_another_type_says_which_was_wanted(text, kind, wanted):
@@ -184,3 +225,26 @@ def test_a_wrong_option_is_answered_with_the_right_ones():
         parse_options(method, {"m": "3"})
     with pytest.raises(UsageError, match="config.options.M: '1.5' is not a whole number"):
         parse_options(method, {"M": "1.5"})
+    for name, text in {"M": "2147483648", "eta": "1e39", "betas": "0,-1e39"}.items():
+        with pytest.raises(UsageError, match=f"config.options.{name} is .*; it must be from -.* to "):
+            parse_options(method, {name: text})
+    assert parse_options(method, {"M": "2147483647", "prune": "1"}) == {"M": 2147483647, "prune": True}
+
+
+def test_values_fit_the_types_of_text():
+    right = [(1, float), (1.5, float), (None, int | None), ((1, 2.0), tuple[float, float]), (2, Literal[1, 2])]
+    for value, kind in right:
+        assert fits(value, kind)
+    wrong = [(1.0, int), (True, int), (1, bool), ((1,), tuple[int, int]), ([1], tuple[int, ...]), (True, Literal[1, 2])]
+    for value, kind in [*wrong, (None, int), (float("nan"), float | None), ("1", float), ({}, str)]:
+        assert not fits(value, kind)
+
+
+def test_a_path_that_cannot_be_is_named(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert parse_path("workdir", "~/x") == Path("/home/me/x")
+    with pytest.raises(UsageError, match="workdir is '~nosuchuser/x', but ~nosuchuser is no user's folder"):
+        parse_path("workdir", "~nosuchuser/x")
+    with pytest.raises(UsageError, match="data_dir is 'a/ä{78}...'; the names in a path can have at most 255 bytes"):
+        parse_path("data_dir", "a/" + "ä" * 128)
+    assert parse_path("data_dir", "ä" * 127)

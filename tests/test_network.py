@@ -51,6 +51,28 @@ def test_a_saved_network_comes_back(tmp_path, kind):
         network.logits(image[:, :2])
 
 
+def test_one_image_costs_one(tmp_path):
+    saved(tmp_path / "network.npz", "mobilenetv3")
+    network, sizes = load(tmp_path / "network.npz"), []
+
+    def noted(images):
+        sizes.append(len(images))
+        return np.zeros((len(images), 3), np.float32)
+
+    images = np.zeros((300, 4, 4, 1), np.uint8)
+    for count in (1, 2, 3, 200, 300):
+        assert network._replace(apply=noted).logits(images[:count]).shape == (count, 3)
+    assert sizes == [1, 2, 4, 250, 250, 250]
+    np.testing.assert_array_equal(network.logits(images[0]), network.logits(images[:1])[0])
+    assert network.predict(images[0]).shape == ()
+    for batch in (0, -1, 1.5, True):
+        with pytest.raises(NetworkError, match="it must be a whole number of at least 1"):
+            network.logits(images, batch=batch)
+    for other in (images[0, 0], images[..., 0], images.astype(np.float32), [[1], [1, 2]], "images"):
+        with pytest.raises(NetworkError, match="images are"):
+            network.logits(other)
+
+
 def test_what_is_no_network_is_named(tmp_path):
     path = tmp_path / "network.npz"
     with pytest.raises(NetworkError, match="there is no network file"):

@@ -79,7 +79,7 @@ def refused(arguments: list[str], capsys) -> str:
         (["--runs=a,a", "--out=x"], "names a workdir twice"),
         (["--runs=a", "--out=x", "--networks=0"], "at least 1"),
         (["--runs=a", "--out=x", "--budget=0"], "budget is 0; it must be positive"),
-        (["--runs=a", "--out=x", "--budget=nan"], "budget is nan; it must be positive"),
+        (["--runs=a", "--out=x", "--budget=nan"], "budget: 'nan' is not a finite number"),
         (["--runs=a", "--out=x", "--at_once=-2"], "at least -1"),
         (["--runs=a", "--out=x", "--also=b"], "'b', which is not NAME:WORKDIR"),
         (["--runs=a", "--out=x", "--rounds=3"], "no flag 'rounds'"),

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import subprocess
 import sys
 import tarfile
@@ -88,6 +89,9 @@ def test_own_file_with_and_without_names(tmp_path):
         ({"label_names": np.array(["a", "b"])}, "labels run from 0 to 2; 2 names allow 0 to 1"),
         ({"label_names": np.arange(3)}, "label_names is int64"),
         ({"label_names": np.array(["a", None, "c"])}, "cannot be read"),
+        ({"test_labels": np.full(6, 2**40)}, "without label_names they can be at most 65535"),
+        ({"train_images": np.zeros((12, 3, 32, 32), np.uint8)}, "as if channels came first; they must be [n, h, w, c]"),
+        ({"train_images": np.zeros((12, 1, 8, 8), np.uint8)}, "numpy.moveaxis(images, 1, -1)"),
     ],
 )
 def test_unsound_own_file_is_refused_in_one_line(tmp_path, changes, said):
@@ -125,6 +129,50 @@ def test_names_are_checked(tmp_path):
     assert "without folder" in refusal("../mine", tmp_path)
     save(tmp_path, "digits")
     assert "bundled" in refusal("digits", tmp_path)
+
+
+def test_what_is_no_regular_file_or_no_file_name_is_said(tmp_path):
+    os.mkfifo(tmp_path / "pipe.npz")
+    (tmp_path / "folder.npz").mkdir()
+    (tmp_path / "cifar10.npz").mkdir()
+    for name in ("pipe", "folder", "cifar10"):
+        assert "is no regular file" in refusal(name, tmp_path)
+    for name in ("x" * 300, "a\0b", "ä" * 126):
+        assert "is no data set's name" in refusal(name, tmp_path)
+    assert "there are cifar10, cifar100, digits, mnist" in refusal("mine", tmp_path / "none" / "here")
+    with pytest.raises(DataError, match="~nosuchuser is no user's folder"):
+        sources.data_dir("~nosuchuser/x")
+
+
+def test_classes_without_images_are_said(tmp_path, caplog):
+    save(tmp_path, train_labels=np.repeat([0, 2], 6), test_labels=np.arange(6) % 3)
+    sources.load("mine", tmp_path)
+    assert "no training images of label 1; the network gets 3 classes all the same" in caplog.text
+    assert "no test images" not in caplog.text
+    caplog.clear()
+    names = np.array(["cat", "dog", "bird", *(f"odd{i}" for i in range(12))])
+    save(tmp_path, label_names=names)
+    sources.load("mine", tmp_path)
+    said = ", ".join(f"{label} (odd{label - 3})" for label in range(3, 13))
+    for split in ("training", "test"):
+        assert f"no {split} images of label {said} and 2 more; the network gets 15 classes all the same" in caplog.text
+    caplog.clear()
+    save(tmp_path)
+    sources.load("mine", tmp_path)
+    sources.load("digits", tmp_path)
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("name", sources.OFFICIAL)
+@pytest.mark.parametrize("changes", [{}, {"train_labels": None}, {"test_labels": np.full(6, -1)}])
+def test_somebodys_own_file_of_an_official_name_is_never_replaced(tmp_path, monkeypatch, name, changes):
+    monkeypatch.setattr(sources, "_make", lambda *_: pytest.fail("was made again"))
+    path = save(tmp_path, name, **changes)
+    before = path.read_bytes()
+    message = refusal(name, tmp_path)
+    assert "it stays as it is: give your own file another name" in message
+    assert str(path) in message
+    assert path.read_bytes() == before
 
 
 def test_data_dir(monkeypatch, tmp_path):

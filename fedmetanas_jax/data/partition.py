@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fedmetanas_jax.config import LEAST_CONCENTRATION
+
 KINDS = ("dirichlet", "dirichlet_disjoint", "plato", "label_skew", "iid")
 
 
@@ -61,8 +63,8 @@ def partition(
     _check_size("test_size", test_size, len(test_labels))
     if kind == "iid":
         log_p = np.zeros((clients, classes))
-    elif not 0 < concentration < np.inf:
-        raise ValueError(f"concentration is {concentration}; it must be a finite number above 0")
+    elif not LEAST_CONCENTRATION <= concentration < np.inf:
+        raise ValueError(f"concentration is {concentration}; it must be finite and at least {LEAST_CONCENTRATION}")
     elif kind == "plato" and not 0 < seed * clients < 2**32:
         most = (2**32 - 1) // clients
         raise ValueError(f"plato seeds a client with seed * client: seed is {seed}, not from 1 to {most}")

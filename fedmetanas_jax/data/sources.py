@@ -15,8 +15,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fedmetanas_jax.options import UsageError, brief, parse_path
+
 KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 BUNDLED = Path(__file__).with_name("digits.npz")  # see DIGITS.md
+MOST_UNNAMED = 65_536  # classes of a file without label_names: a label above is rather an error than a class
 MNIST_TRAIN = 50_000  # D-2: the paper splits MNIST 50,000 / 10,000; the last 10,000 training images go unused
 
 _log = logging.getLogger(__name__)
@@ -57,38 +60,75 @@ OFFICIAL = {
 
 
 def data_dir(flag: str | None = None) -> Path:
-    """The folder of data sets: `flag`, else $FEDMETANAS_DATA, else ~/.cache/fedmetanas_jax/data."""
+    """The folder of data sets: `flag`, else $FEDMETANAS_DATA, else ~/.cache/fedmetanas_jax/data. DataError for what
+    can be no folder's name."""
     chosen = flag or os.environ.get("FEDMETANAS_DATA") or "~/.cache/fedmetanas_jax/data"
-    return Path(chosen).expanduser()
+    try:
+        return parse_path("data_dir" if flag else "FEDMETANAS_DATA", chosen)
+    except UsageError as error:
+        raise DataError(str(error)) from None
 
 
 def load(name: str, data_dir: Path) -> Dataset:
     """The data set `name`: "digits", a key of OFFICIAL, or the stem of an .npz file in `data_dir`.
 
-    An official set is prepared if its file is missing, and again if the file is damaged. Of mnist only the
-    first 50,000 training images are returned (D-2). Raises DataError where there is no sound data.
+    An official set is prepared if its file is missing, and again if the file is damaged; one that can be read and
+    holds something else is somebody's own, and stays. Of mnist only the first 50,000 training images are returned
+    (D-2). Raises DataError where there is no sound data.
     """
-    if Path(name).name != name:
-        raise DataError(f"{name!r} is no data set's name: give the file's name without folder and .npz")
+    if Path(name).name != name or "\0" in name or len(os.fsencode(name)) > 250:  # with .npz, 255 is the most
+        raise DataError(f"{brief(name)!r} is no data set's name: give the file's name without folder and .npz")
     path = Path(data_dir) / f"{name}.npz"
+    there = os.path.exists(path)  # which, unlike Path.exists, raises nothing
+    if there and not os.path.isfile(path):  # reading a pipe would never end
+        raise DataError(f"{path} is no regular file, so there are no images in it")
     if name == "digits":
-        if path.exists():
+        if there:
             raise DataError(f"{path}: 'digits' is the bundled data set; give your own file another name")
-        return _read(BUNDLED, None)
+        return _checked(str(BUNDLED), _read(BUNDLED), None)
     official = OFFICIAL.get(name)
     if official is None:
-        if not path.is_file():
-            there = sorted({"digits", *OFFICIAL, *(p.stem for p in path.parent.glob("*.npz"))})
-            raise DataError(f"no data set {name!r}: there is no {path}; there are {', '.join(there)}")
-        return _read(path, None)
+        if not there:
+            known = sorted({"digits", *OFFICIAL, *_files(path.parent)})
+            raise DataError(f"no data set {name!r}: there is no {path}; there are {', '.join(known)}")
+        dataset = _checked(str(path), _read(path), None)
+        for line in without_images(dataset):
+            _log.warning("%s: %s", path, line)
+        return dataset
     damage = ""
-    if path.exists():
+    if there:
         try:
-            return _as_used(name, _read(path, official))
+            arrays = _read(path)
         except DataError as error:
             damage = f"{error}; "
             _log.warning("%s; making it again", error)
+        else:
+            try:
+                return _as_used(name, _checked(str(path), arrays, official))
+            except DataError as error:
+                raise DataError(f"{error}; it stays as it is: give your own file another name") from None
     return _as_used(name, _make(name, path, official, damage))
+
+
+def without_images(dataset: Dataset) -> list[str]:
+    """One line for each split that lacks images of some classes; the network has outputs for these all the same."""
+    lines, classes = [], len(dataset.label_names)
+    for split, labels in (("training", dataset.train_labels), ("test", dataset.test_labels)):
+        empty = np.flatnonzero(np.bincount(labels, minlength=classes) == 0)
+        if len(empty):
+            names = [(str(label), dataset.label_names[label]) for label in empty[:10]]
+            named = ", ".join(label if name == label else f"{label} ({name})" for label, name in names)
+            more = f" and {len(empty) - 10} more" if len(empty) > 10 else ""
+            lines.append(f"no {split} images of label {named}{more}; the network gets {classes} classes all the same")
+    return lines
+
+
+def _files(folder: Path) -> list[str]:
+    """Names of the .npz in the folder; none where it cannot be read."""
+    try:
+        return [path.stem for path in folder.glob("*.npz")]
+    except OSError:
+        return []
 
 
 def mean_std(name: str, dataset: Dataset) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -118,19 +158,18 @@ def _as_used(name: str, dataset: Dataset) -> Dataset:
     )
 
 
-def _read(path: Path, official: Official | None) -> Dataset:
-    """A checked Dataset from an .npz file."""
+def _read(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file that a data set is made of."""
     try:
         # ZipFile.read verifies each member's checksum before anything is parsed; np.load parses first.
         with zipfile.ZipFile(path) as file:
             members = [key for key in (*KEYS, "label_names") if f"{key}.npy" in file.namelist()]
-            arrays = {
+            return {
                 key: np.lib.format.read_array(io.BytesIO(file.read(f"{key}.npy")), allow_pickle=False)
                 for key in members
             }
     except Exception as error:  # damage shows as nearly any exception of zipfile, zlib, numpy and the system
         raise DataError(f"{path} cannot be read ({_one_line(error)})") from error
-    return _checked(str(path), arrays, official)
 
 
 def _checked(where: str, arrays: dict[str, np.ndarray], official: Official | None) -> Dataset:
@@ -144,6 +183,11 @@ def _checked(where: str, arrays: dict[str, np.ndarray], official: Official | Non
                 f"{where}: {split}_images is {images.dtype} {images.shape}; "
                 "it must be uint8 [n, h, w, c], not empty"
             )
+        if images.shape[1] in (1, 3, 4) and images.shape[3] > 4:
+            raise DataError(
+                f"{where}: {split}_images {images.shape} look as if channels came first; they must be [n, h, w, c]: "
+                "numpy.moveaxis(images, 1, -1) makes them so"
+            )
         if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1:
             raise DataError(f"{where}: {split}_labels is {labels.dtype} {labels.shape}, not integer [n]")
         if len(images) != len(labels):
@@ -154,6 +198,11 @@ def _checked(where: str, arrays: dict[str, np.ndarray], official: Official | Non
         raise DataError(f"{where}: train_images are {shapes[0]} each but test_images {shapes[1]}")
     lowest = min(int(train_labels.min()), int(test_labels.min()))
     highest = max(int(train_labels.max()), int(test_labels.max()))
+    if "label_names" not in arrays and highest >= MOST_UNNAMED:
+        raise DataError(
+            f"{where}: labels run from {lowest} to {highest}; without label_names they can be at most "
+            f"{MOST_UNNAMED - 1}"
+        )
     names = arrays.get("label_names", np.array([str(label) for label in range(max(highest, 0) + 1)]))
     if names.ndim != 1 or names.dtype.kind != "U":
         raise DataError(f"{where}: label_names is {names.dtype} {names.shape}; it must be strings [classes]")

@@ -21,9 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedmetanas_jax.core import Tree
+from fedmetanas_jax.files import beside
 
 PIECE = 1 << 28  # bytes of the row in one stored array; compressors give up at 2 GiB
-OLD, DAMAGED = "old", "damaged"  # folders beside the checkpoints; what they hold is never restored
+# Folders beside the checkpoints; what they hold is never restored. What is in the first is deleted, so its name must be
+# one that nobody gives to a folder of their own.
+OLD, DAMAGED = ".being_deleted", "damaged"
 
 
 class CheckpointError(Exception):
@@ -61,14 +64,17 @@ class Checkpoints:
 
     def candidates(self) -> list[int]:
         """Steps that have a checkpoint, newest first; whether it can be read is not looked at."""
-        return sorted((int(p.name) for p in self.directory.iterdir() if p.name.isdecimal()), reverse=True)
+        return steps(self.directory)
 
     def save(self, step: int, state: Tree, meta: dict) -> None:
         """Saves a pytree of arrays and a JSON-able dict; on return the checkpoint is complete.
 
         A step that is already there with the same contents is left as it is.
-        ValueError: `step` is there with other contents, or is older than the newest.
+        ValueError: `step` is there with other contents, or is older than the newest. CheckpointError: it cannot be
+        written; the older ones stay.
         """
+        if not self.directory.is_dir():  # storage would make it anew, apart from the run's other files
+            raise CheckpointError(f"{self.directory} was removed while the run wrote in it; put it back to go on")
         row = np.concatenate([_bytes(x) for x in jax.tree.leaves(state)])
         digest = hashlib.sha256(row).hexdigest()
         body = {"step": step, "meta": meta, "layout": _layout(state), "state_sha256": digest}
@@ -81,7 +87,13 @@ class Checkpoints:
         pieces = {f"{start}": row[start : start + PIECE] for start in range(0, row.size, PIECE)}
         state_args = self._args.StandardSave(pieces)
         meta_args = self._args.JsonSave(body | {"sha256": _seal(body)})
-        self._manager.save(step, args=self._args.Composite(state=state_args, meta=meta_args))
+        try:
+            self._manager.save(step, args=self._args.Composite(state=state_args, meta=meta_args))
+        except Exception as error:  # storage names no set of errors for a full disk or a folder that is gone
+            raise CheckpointError(
+                f"checkpoint {step} cannot be saved in {self.directory} ({_one_line(error)}); once the folder can be "
+                "written, the same command goes on from the one before"
+            ) from error
         shutil.rmtree(self.directory / OLD, ignore_errors=True)
 
     def meta(self, step: int) -> dict:
@@ -169,11 +181,18 @@ class Checkpoints:
 
     def _set_aside(self, step: int) -> Path:
         target = self.directory / DAMAGED / str(step)
-        shutil.rmtree(target, ignore_errors=True)
         target.parent.mkdir(exist_ok=True)
+        target = beside(target) if target.exists() else target
         (self.directory / str(step)).rename(target)
         self._manager.reload()
         return target
+
+
+def steps(directory: Path) -> list[int]:
+    """Steps that have a checkpoint in the directory, newest first; [] if it is not there."""
+    if not directory.is_dir():
+        return []
+    return sorted((int(p.name) for p in directory.iterdir() if p.name.isdecimal()), reverse=True)
 
 
 def _layout(tree: Tree) -> list:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from fedmetanas_jax import tree
 from fedmetanas_jax.core import Algorithm, FederatedData, Phase, RoundState, Tree
-from fedmetanas_jax.engine import client_states, measure, report
+from fedmetanas_jax.engine import client_states, identity, measure, report
 from fedmetanas_jax.engine.ahead import Ahead
 from fedmetanas_jax.engine.checkpoint import Checkpoints
 from fedmetanas_jax.engine.mesh import put_data
@@ -30,9 +30,16 @@ class Course:
     """Where a run stands: its phase, the plan and the programs of that, and the state between two rounds."""
 
     def __init__(
-        self, phases: list[Phase], data: FederatedData, conduct: Conduct, mesh: Mesh | None, checkpoints: Checkpoints
+        self,
+        phases: list[Phase],
+        data: FederatedData,
+        conduct: Conduct,
+        mesh: Mesh | None,
+        checkpoints: Checkpoints,
+        run: dict,
     ):
         self.phases, self.conduct, self.mesh, self.checkpoints = phases, conduct, mesh, checkpoints
+        self.run = run  # its identity, which every checkpoint notes
         self.data = put_data(data, mesh)
         self._made: dict[tuple, Algorithm] = {}
         self._ahead = Ahead()
@@ -42,8 +49,11 @@ class Course:
         self.put_off = None  # the round of the next try at a last phase that was put off
         self.lost = 0  # replies that were left out so far for not being finite
 
-    def begin(self, say: Callable[[str], None]) -> None:
-        """Restores the newest good checkpoint, or starts at round 0."""
+    def begin(self, say: Callable[[str], None]) -> bool:
+        """Restores the newest good checkpoint, or starts at round 0 -> whether it was restored.
+
+        CheckpointError: there are checkpoints, but none is good, or that one is another run's.
+        """
         restored = self.checkpoints.restore_newest(self._template, say)
         if restored is None:
             self.phase, (self.plan, _) = 0, self.phases[0].enter(None, None, self._phase_key(0))
@@ -60,6 +70,7 @@ class Course:
         self.done = int(self.state.round)
         self._load_programs(say)
         self._move_on({}, say, resumed=True)
+        return restored is not None
 
     def advance(self, limit: int) -> list[dict]:
         """Runs the rounds up to the next one after which the host has something to do -> their records."""
@@ -136,9 +147,14 @@ class Course:
         return self._move_on(line, say)
 
     def save(self) -> None:
-        """A checkpoint of this moment, unless there is one. What clients keep is saved once a client."""
-        if self.done not in self.checkpoints.candidates():
-            meta = {name: getattr(self, name) for name in SAVED} | {"at_once": self.programs.at_once}
+        """A checkpoint of this moment, unless there is one. What clients keep is saved once a client.
+
+        NonFiniteError: the server is not finite, and the checkpoint before stays the newest one.
+        """
+        saved = self.checkpoints.candidates()
+        if self.done not in saved:
+            report.check_server(self.state.server, self.done, saved)
+            meta = {name: getattr(self, name) for name in SAVED} | {"at_once": self.programs.at_once, "run": self.run}
             owns = jax.tree.map(lambda x: x[: self.conduct.clients], self.state.owns)
             self.checkpoints.save(self.done, self.state._replace(owns=owns), meta)
 
@@ -211,6 +227,7 @@ class Course:
         return self._made[key]
 
     def _template(self, meta: dict) -> RoundState:
+        identity.check(meta.get("run"), self.run, self.checkpoints.directory)
         algorithm = self._algorithm_of(meta["phase"], meta["plan"])
         self._place_owns(algorithm, lambda text: None)
         return state_shapes(algorithm, self.conduct.clients, None, self.hosted)

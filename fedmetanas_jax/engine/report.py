@@ -3,9 +3,11 @@
 import resource
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from fedmetanas_jax.core import Algorithm
+from fedmetanas_jax.core import Algorithm, Tree
 
 
 class NonFiniteError(ArithmeticError):
@@ -41,7 +43,7 @@ def check_finite(metrics: dict, start: int, stop: int, saved: list[int], lost: i
     NonFiniteError with round, client and quantity of the first one beyond `allowed`, or of a server's number.
     `saved`: the rounds that have a checkpoint, newest first.
     """
-    kept = f"the checkpoint of round {saved[0]} is kept" if saved else "there is no checkpoint yet"
+    kept = _kept(saved)
     for i in range(stop - start):
         where = f"round {start + i + 1}"
         for place, client in enumerate(metrics["client"][i]):
@@ -57,6 +59,25 @@ def check_finite(metrics: dict, start: int, stop: int, saved: list[int], lost: i
             if x.ndim == 1 and not np.isfinite(x[i]):
                 raise NonFiniteError(f"{where}, the server: {name} = {x[i]} is not finite; {kept}")
     return lost
+
+
+def check_server(server: Tree, done: int, saved: list[int]) -> None:
+    """NonFiniteError unless every number of the server's state after round `done` is finite.
+
+    Clients' metrics need not show it: a network may be spoilt by the last step that they took. Looked at on the host,
+    where a checkpoint needs the numbers anyway, so that nothing has to be compiled.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(server):
+        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not np.all(np.isfinite(np.asarray(leaf))):
+            name = jax.tree_util.keystr(path)
+            raise NonFiniteError(f"round {done}, the server: its state{name} is not finite; {_kept(saved)}")
+
+
+def _kept(saved: list[int]) -> str:
+    """What is left, and how to go on: the same config would come to the same number again."""
+    if saved:
+        return f"the checkpoint of round {saved[0]} is kept; a lower rate (config.lr) needs another workdir"
+    return "there is no checkpoint yet, so a lower rate (config.lr) can be tried in the same workdir"
 
 
 ACCURACIES = (

@@ -5,8 +5,6 @@ may prune; the accuracies before and after are recorded with the round that ende
 when is a function of the round's number alone, so a resumed run does what an unbroken one does.
 """
 
-import signal
-import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -18,6 +16,7 @@ from fedmetanas_jax.core import Algorithm, FederatedData, Phase, RoundState
 from fedmetanas_jax.engine import records, report
 from fedmetanas_jax.engine.checkpoint import Checkpoints
 from fedmetanas_jax.engine.course import Course
+from fedmetanas_jax.engine.interrupt import interruptible
 from fedmetanas_jax.engine.programs import Conduct
 from fedmetanas_jax.engine.progress import Progress
 
@@ -41,19 +40,26 @@ def run(
     stop_after: int | None = None,
     progress: Callable[[int, int, list[dict]], Progress] = Progress,
     go_on: str = "the same command",
+    identity: dict | None = None,
+    accepted: Callable[[], None] = lambda: None,
 ) -> Outcome | None:
     """Runs or resumes the phases in `workdir`.
 
-    Returns None where `stop_after` rounds of this call ended
-    before the last one. Leaves records.jsonl and checkpoints/. Raises NonFiniteError, CheckpointError, and
-    KeyboardInterrupt once Ctrl-C was obeyed.
+    identity: of this run, for its checkpoints (see `identity.of`). accepted: called once nothing speaks against the run
+    any more, before its first round. Returns None where `stop_after` rounds of this call ended before the last one.
+    Leaves records.jsonl and checkpoints/. Raises NonFiniteError, CheckpointError, WorkdirError where the records do
+    not fit the checkpoint, OSError, and KeyboardInterrupt once Ctrl-C (or another signal) was obeyed.
     """
-    log = workdir / "records.jsonl"
-    with closing(Checkpoints(workdir / "checkpoints")) as checkpoints, _Interrupt() as interrupt:
-        course = Course(phases, data, conduct, mesh, checkpoints)
+    log = workdir / records.RECORDS
+    with closing(Checkpoints(workdir / "checkpoints")) as checkpoints, interruptible() as interrupt:
+        course = Course(phases, data, conduct, mesh, checkpoints, identity or {})
         notes: list[str] = []
-        course.begin(notes.append)
-        past = records.truncate(log, course.done)
+        resumed = course.begin(notes.append)
+        past = records.resume(log, course.done) if resumed else []
+        accepted()
+        if not resumed:
+            records.set_aside(log, notes.append)
+        start = course.done
         course.lost = sum(len(line.get("dropped", ())) for line in past)
         limit = conduct.rounds if stop_after is None else min(conduct.rounds, course.done + stop_after)
         with progress(conduct.rounds, course.done, past) as show:
@@ -61,13 +67,15 @@ def run(
                 show.say(note)
             course.programs.say = show.say
             while course.done < conduct.rounds:
-                if interrupt.asked or course.done >= limit:
-                    course.save()
+                if interrupt.signal is not None or course.done >= limit:
+                    if course.done > start:  # else there is nothing new to save
+                        course.save()
                     show.say(f"stopped after round {course.done} of {conduct.rounds}; to go on: {go_on}")
-                    if interrupt.asked:
-                        raise KeyboardInterrupt
+                    interrupt.obey()
                     return None
                 lines = course.advance(limit)
+                if course.done > len(lines) and not log.exists():  # it would be begun anew, without the rounds before
+                    raise records.WorkdirError(f"{log} was removed while the run wrote it; {records.ADVICE}")
                 for line in lines:
                     if "dropped" in line:
                         show.say(dropped(line))
@@ -79,7 +87,8 @@ def run(
                     show.round(line)
                 if course.done == conduct.rounds or course.done % conduct.checkpoint_every == 0:
                     course.save()
-    return Outcome(course.algorithm, course.plan, course.state, report.summarize(records.read(log)))
+    # Once more as strictly as on resuming: in a long run somebody may have moved the file away.
+    return Outcome(course.algorithm, course.plan, course.state, report.summarize(records.resume(log, conduct.rounds)))
 
 
 def dropped(line: dict) -> str:
@@ -88,26 +97,3 @@ def dropped(line: dict) -> str:
     who = f"client{'s' if len(left) > 1 else ''} {', '.join(map(str, left))}"
     stays = "; nobody is left, so the server stays as it was" if whole else ""
     return f"round {line['round']}: left out {who}, whose reply was not finite{stays}"
-
-
-class _Interrupt:
-    """The first Ctrl-C asks the loop to stop after the round it is in; the second one stops at once."""
-
-    def __init__(self):
-        self.asked = False
-
-    def __enter__(self):
-        self._before = signal.getsignal(signal.SIGINT)
-        if self._before is signal.default_int_handler:  # elsewhere than in the main thread there is none to set
-            signal.signal(signal.SIGINT, self._ask)
-        return self
-
-    def __exit__(self, *_):
-        if self._before is signal.default_int_handler:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _ask(self, *_):
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        print("stopping after this round; Ctrl-C again stops at once (back to the last checkpoint)", file=sys.stderr)
