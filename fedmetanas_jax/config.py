@@ -13,9 +13,7 @@ from fedmetanas_jax.options import LARGEST_INT, UsageError, brief, fits, nearest
 # Far above what anybody needs, and below what takes minutes of silence or all memory before the first message.
 MOST_CLIENTS, MOST_BATCH, MOST_DEVICES = 1_000_000, 65_536, 4_096
 MOST_WIDTH, MOST_CELLS, MOST_NODES = 65_536, 1_000, 64
-# Weights of labels as far apart as a smaller concentration makes them leave no digits for the random choice among
-# images of one label, so all clients would get the same ones.
-LEAST_CONCENTRATION = 1e-6
+LEAST_CONCENTRATION = 1e-6  # as data/partition.py, which says why
 
 
 def _field(default, text: str, least: float | None = None, how: bool = False, most: float | None = None):

@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from fedmetanas_jax import config
+from fedmetanas_jax.data import partition as module
 from fedmetanas_jax.data.partition import KINDS, histogram, majority_accuracy, manifest, partition
 from fedmetanas_jax.data.picture import draw
 
@@ -208,3 +210,7 @@ def test_manifest_is_json_and_its_hash_is_of_the_rows():
 def test_picture_is_written(tmp_path, classes):
     draw(np.ones((7, classes), int), tuple(f"class {c}" for c in range(classes)), tmp_path / "partition.png")
     assert (tmp_path / "partition.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_config_and_partition_agree_on_the_least_concentration():
+    assert config.LEAST_CONCENTRATION == module.LEAST_CONCENTRATION

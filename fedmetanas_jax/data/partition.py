@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedmetanas_jax.config import LEAST_CONCENTRATION
-
+# Weights of labels as far apart as a smaller concentration makes them leave no digits for the random choice among
+# images of one label, so all clients would get the same ones.
+LEAST_CONCENTRATION = 1e-6
 KINDS = ("dirichlet", "dirichlet_disjoint", "plato", "label_skew", "iid")
 
 
