@@ -13,3 +13,11 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path("~/.cache/fedmetanas_jax/tests").expanduser()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+# Of few tests but long: begun last, one process would wait for the other.
+LONG = ("test_interruption.py", "test_stopping.py", "test_search_quality.py", "test_contract.py", "test_fednas.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take long come first."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))

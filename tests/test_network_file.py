@@ -234,7 +234,7 @@ def test_no_mutation_gets_past_load(tmp_path, good):
     for i in range(360):
         write(path, *mutated(rng, *good[KINDS[i % 2]]))
         sound += is_network(path)
-    assert 50 < sound < 600  # both answers are given
+    assert 10 < sound < 180  # both answers are given
     data = np.frombuffer(good["bytes"], np.uint8)
     for _ in range(240):
         flipped = data.copy()

@@ -26,7 +26,7 @@ def fedpnas(
     task_alpha_lr: float = 1.0,
     alpha_lr: float | None = None,
     travel: float = 8.0,
-    alpha_weight_decay: float = 1e-3,
+    alpha_weight_decay: float = 0.0,
     temperature: float = 0.1,
     warmup: float = 0.09,
 ) -> list[Phase]:
@@ -42,7 +42,8 @@ def fedpnas(
       base_cells: cells of the base; none = all but a quarter, and but one at least (D-19). The head is personal.
       task_lr, task_alpha_lr: of the trial step of personal weights and logits, and of adapting them.
       alpha_lr, alpha_weight_decay: of the logits, Adam with betas (0.5, 0.999). none = the rate at which a logit can go
-        as far as `travel` after the warm-up, however long the run is.
+        as far as `travel` after the warm-up, however long the run is. At this temperature most gradients are nearly
+        0; a decay, which Adam scales up as it does a gradient, would then pull all logits back to 0.
       temperature: of the Gumbel-softmax whose gradient the operation drawn hands on; what is computed is discrete.
       warmup: share of the rounds in which clients descend without a trial step.
     """
