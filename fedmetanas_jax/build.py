@@ -113,13 +113,6 @@ def describe(config: Config, dataset: sources.Dataset, parts: partition.Partitio
     picture.draw(counts, dataset.label_names, workdir / "partition.png")
 
 
-def make_data(config: Config, dataset: sources.Dataset, least_rows: int, workdir: Path) -> FederatedData:
-    """The clients' data, described in the workdir. UsageError as `deal`."""
-    parts = deal(config, dataset, least_rows)
-    describe(config, dataset, parts, workdir)
-    return federated.federate(dataset, parts)
-
-
 def run(
     config: Config,
     *,
