@@ -44,7 +44,7 @@ class Config:
     clients: int = _field(100, "clients in all, K", least=1, most=MOST_CLIENTS)
     cohort: int = _field(5, "clients that train in one round, S", least=1)
     train_size: int = _field(600, "training images of a client; label_skew deals out all there are", least=1)
-    test_size: int = _field(600, "test images of a client", least=1)
+    test_size: int = _field(600, "test images of a client; fewer where its labels have no more (D-55)", least=1)
 
     rounds: int = _field(1000, "rounds, R; every schedule is measured against it", least=1)
     epochs: int = _field(5, "local epochs a round, E", least=1)

@@ -118,6 +118,16 @@ def accuracy(logits: Array, label: Array, weight: Array) -> Array:
     return _weighted((jnp.argmax(logits, axis=-1) == label).astype(jnp.float32), weight)
 
 
+def keys_of_training(key: Array) -> tuple[Array, Array, Array]:
+    """A client's key split, once for all: for the order of its rows, for its steps, and for what is no part of `fit`.
+
+    A method that trains twice takes the third as the key of its other training. Folding a number into `key` instead
+    could give one of the first two, since that is how a key is split.
+    """
+    order_key, step_key, other_key = jax.random.split(key, 3)
+    return order_key, step_key, other_key
+
+
 def mean_where(values: Array, real: Array) -> Array:
     """[] mean of values [steps] over the steps that took place (real [steps] bool); 0 when none did."""
     return jnp.sum(jnp.where(real, values, 0.0)) / jnp.maximum(jnp.sum(real), 1)
@@ -169,13 +179,13 @@ def fit(
     one before has moved the variables. Moments and metrics are the last one's.
     epochs: as many as the setting says where it is None.
     steps: stop after so many, a traced number, so that one program trains to any depth; None is all of them.
-    Returns variables, stats and, where `steps` is None, metrics: those of the gradient as means over the steps with
-    a real row, and "image_gradients", the real images that went through a forward and backward pass.
+    Returns variables, stats and, where `steps` is None, metrics: those of the gradient as means over the real rows of
+    the steps, and "image_gradients", the real images that went through a forward and backward pass.
     """
     epochs = setting.epochs if epochs is None else epochs
     if epochs == 0:
         return variables, stats, {name: jnp.float32(0) for name in ("loss", "accuracy", "image_gradients")}
-    order_key, step_key = jax.random.split(key)
+    order_key, step_key, _ = keys_of_training(key)
     gradients = [gradient] if isinstance(gradient, Gradient) else list(gradient)
     optimizers = [optimizer] if isinstance(gradient, Gradient) else list(optimizer)
     parts, passes = gradients[0].batches, np.sum([g.passes for g in gradients], axis=0)
@@ -189,13 +199,13 @@ def fit(
         variables, stats, states = carry
         rows, weight, key = x
         *keys, loss_key = jax.random.split(key, parts + 1)
+        turn_keys = [loss_key] if len(gradients) == 1 else jax.random.split(loss_key, len(gradients))
         batches = [
             Examples(setting.augment(k, data.image[r]), data.label[r], w)
             for k, r, w in zip(keys, rows, weight, strict=True)
         ]
         after = []
-        for turn, (g, o, state) in enumerate(zip(gradients, optimizers, states, strict=True)):
-            turn_key = jax.random.fold_in(loss_key, turn) if turn else loss_key
+        for g, o, state, turn_key in zip(gradients, optimizers, states, turn_keys, strict=True):
             grads, moments, metrics = g.of(variables, stats, batches, turn_key)
             updates, state = o.update(grads, state, variables)
             variables = optax.apply_updates(variables, updates)
@@ -210,8 +220,10 @@ def fit(
         variables, stats, _ = jax.lax.fori_loop(0, limit, lambda i, carry: step(carry, tree.take(xs, i))[0], start)
         return variables, stats, {}
     (variables, stats, _), metrics = jax.lax.scan(step, start, xs)
-    real = jnp.any(weight > 0, axis=(1, 2))
-    metrics = {name: mean_where(values, real) for name, values in metrics.items()}
+    # A step counts by its rows, which are the first batch's (those of a task are alike full, but for a half that is
+    # held back). As a share of a batch, so that full steps count exactly 1.
+    share = jnp.sum(weight[:, 0], axis=1) / setting.batch
+    metrics = {name: _weighted(jnp.where(share > 0, values, 0.0), share) for name, values in metrics.items()}
     seen = jnp.sum(weight > 0, axis=(0, 2), dtype=jnp.float32)
     return variables, stats, metrics | {"image_gradients": jnp.sum(seen * passes)}
 

@@ -4,7 +4,7 @@ A rate may be traced: optimizers are made inside the traced function, so that sc
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +81,35 @@ def adam(lr: float, weight_decay: float, b1: float = 0.5) -> optax.GradientTrans
     """Adam with L2 decay in the gradient, as PyTorch has it, and DARTS's betas: what architecture parameters take."""
     decay = optax.add_decayed_weights(weight_decay)
     return optax.chain(decay, optax.scale_by_adam(b1=b1, b2=0.999), optax.scale_by_learning_rate(lr))
+
+
+class Moments(NamedTuple):
+    """What `adaptive` keeps."""
+
+    m: Tree
+    v: Tree
+
+
+def adaptive(kind: Literal["adam", "yogi"], lr: float, b1: float, b2: float, tau: float):
+    """FedAdam's and FedYogi's step of the server (Reddi et al., ICLR 2021, Algorithm 2), lr m / (sqrt(v) + tau).
+
+    Unlike Adam's and Yogi's of libraries it starts from m = 0, v = tau^2 and corrects neither for it. Its updates are
+    gradients, as everywhere: minus the mean change.
+    """
+
+    def second_moment(v: Array, g: Array) -> Array:
+        square = jnp.square(g)
+        return b2 * v + (1 - b2) * square if kind == "adam" else v - (1 - b2) * square * jnp.sign(v - square)
+
+    def init(params: Tree) -> Moments:
+        return Moments(jax.tree.map(jnp.zeros_like, params), jax.tree.map(lambda w: jnp.full_like(w, tau**2), params))
+
+    def update(gradient: Tree, state: Moments, params=None) -> tuple[Tree, Moments]:
+        m = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.m, gradient)
+        v = jax.tree.map(second_moment, state.v, gradient)
+        return jax.tree.map(lambda m, v: -lr * m / (jnp.sqrt(v) + tau), m, v), Moments(m, v)
+
+    return optax.GradientTransformation(init, update)
 
 
 class Sampled(NamedTuple):

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy_model
-from toy_federation import CLIENTS, COHORT, NAMES, SHAPE, federation, first_algorithm
+from toy_federation import CLASSES, CLIENTS, COHORT, NAMES, federation, first_algorithm
 from toy_model import ask, examples, learnt, merged, unchanged
+from toy_space import everything, toy_space
 
 from fedmetanas_jax import local, optimizers, tree
 from fedmetanas_jax.algorithms.ditto import ditto
@@ -63,7 +64,7 @@ class Case(NamedTuple):
 def case(name: str) -> Case:
     algorithm = first_algorithm(name, real=False)
     step = make_round(algorithm, cohort_size=COHORT, at_once=0)
-    return Case(algorithm, step, jax.jit(algorithm.client_update))
+    return Case(algorithm, step, jax.jit(apart(algorithm.client_update)))  # as elsewhere, so compiled once
 
 
 def start(name: str):
@@ -351,7 +352,7 @@ def test_dittos_personal_model_without_a_pull_is_a_clients_own_training():
     _, clients = rounds(ditto(MODEL, SETTING, lam=0.0), 1)
     algorithm = fedavg(MODEL, SETTING)
     server, _ = algorithm.init(jax.random.key(1))
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 1), 1)  # round 0, client 1, its own stream
+    *_, key = local.keys_of_training(jax.random.fold_in(jax.random.key(0), 1))  # round 0, client 1, its own stream
     alone = learnt(server, ask(algorithm, server, (), HOLDERS[1], key))
     assert_close((clients[1].net.params, clients[1].net.stats), (alone["params"], alone["stats"]), 2e-5)
 
@@ -392,12 +393,10 @@ def test_fedbabu_with_an_empty_head_is_fedavg():
 
 
 def test_fedmetanas_with_frozen_alphas_is_perfedavg_on_the_supernet():
-    from fedmetanas_jax.models.darts import darts_space
-    from fedmetanas_jax.nas import mask as masks
     from fedmetanas_jax.nas import relax
 
-    space, setting = darts_space(**SHAPE, width=4, length=1, nodes=1), SETTING._replace(clip=5.0)
-    plan = masks.full_plan(space.graph)
+    space, setting = toy_space(classes=CLASSES), SETTING._replace(clip=5.0)
+    plan = everything(space)
     supernet, search = space.make(plan), fedmetanas(space, setting, warmup=1.0, gumbel=False)[0].make(plan)
     server, _ = search.init(jax.random.key(1))
     mix = relax.mix(space.graph, server.alpha, server.mask, 1.0)

@@ -13,6 +13,7 @@ from fedmetanas_jax import optimizers, tree
 from fedmetanas_jax.algorithms import ALGORITHMS
 from fedmetanas_jax.algorithms.fedavg import fedavg
 from fedmetanas_jax.core import Merged, Setting
+from fedmetanas_jax.engine import report
 
 KEY = jax.random.key(7)
 MODEL = toy_model(hidden=4, centred=True)
@@ -83,6 +84,17 @@ def test_clients_of_unequal_size_weigh_by_their_rows():
     close({"params": after.params, "stats": after.stats}, by_hand)
 
 
+def test_the_recorded_loss_is_of_all_rows_of_the_cohort_that_was_heard():
+    sizes, losses = np.array([1, 2, 40, 7, 9]), np.array([1.0, 3.0, 1.5, 0.5, np.nan])
+    metrics = {"loss": losses, "reward": losses, "image_gradients": 3.0 * sizes, "rows": sizes}
+    metrics |= {name: np.full(5, 10) for name in ("bytes_up", "bytes_down")}
+    metrics |= {"client": np.arange(5), "finite": np.isfinite(losses)}
+    one_round = {name: x[None] for name, x in metrics.items()} | {"baseline": np.array([0.25])}
+    (line,) = report.lines(one_round, 0, 1, 0.5, 0, method())
+    np.testing.assert_allclose(line["loss"], (1 + 2 * 3 + 40 * 1.5 + 7 * 0.5) / 50)
+    assert (line["reward"], line["baseline"], line["image_gradients"]) == (1.5, 0.25, 150)
+
+
 def test_the_mean_of_identical_clients_is_that_client():
     algorithm, data = method(), examples(6)
     server, own = algorithm.init(jax.random.key(1))
@@ -110,39 +122,46 @@ def test_personalize_is_plain_sgd_from_the_global_model_for_as_many_steps_as_ask
     assert algorithm.personalize._cache_size() == 1
 
 
-@pytest.mark.parametrize(
-    ("server", "expected"),
-    # A mean change of -0.5 is a pseudo-gradient of 0.5; Adam's first step divides it by itself.
-    [("momentum", 1 - 0.1 * 0.5), ("adam", 1 - 0.1 * 0.5 / (0.5 + 1e-3))],
-)
-def test_server_optimizers_step_along_the_pseudo_gradient(server, expected):
-    algorithm = fedavg(MODEL, Setting(10, 1, 6, unchanged), server=server, server_lr=0.1)
+def changed(state, change) -> Merged:
+    """A mean change by so much of every weight and statistic."""
+    full = jax.tree.map(lambda x: jnp.full_like(x, change), {"params": state.params, "stats": state.stats})
+    return Merged(full, jnp.zeros(1, jnp.int32), jnp.ones(1), ())
+
+
+def test_the_momentum_of_the_server_by_hand():
+    algorithm = fedavg(MODEL, Setting(10, 1, 6, unchanged), server="momentum", server_lr=0.1)
     state, _ = algorithm.init(jax.random.key(1))
     state = state._replace(params=jax.tree.map(jnp.ones_like, state.params))
-    half = jax.tree.map(lambda x: jnp.full_like(x, -0.5), {"params": state.params, "stats": state.stats})
-    mean = Merged(half, jnp.zeros(1, jnp.int32), jnp.ones(1), ())
-    after = algorithm.server_update(state, mean)
+    after = algorithm.server_update(state, changed(state, -0.5))
     for x in jax.tree.leaves(after.params):
-        np.testing.assert_allclose(x, expected, rtol=1e-5)
+        np.testing.assert_allclose(x, 1 - 0.1 * 0.5, rtol=1e-5)
     same(after.stats, jax.tree.map(lambda x: x - 0.5, state.stats))  # statistics are never stepped
-    again = algorithm.server_update(after, mean)
-    if server == "momentum":  # velocity 0.9 * 0.5 + 0.5
-        np.testing.assert_allclose(jax.tree.leaves(again.params)[0], 0.95 - 0.1 * (0.45 + 0.5), rtol=1e-5)
+    again = algorithm.server_update(after, changed(after, -0.5))  # velocity 0.9 * 0.5 + 0.5
+    np.testing.assert_allclose(jax.tree.leaves(again.params)[0], 0.95 - 0.1 * (0.45 + 0.5), rtol=1e-5)
     assert again.round == 2
 
 
-def test_yogi_differs_from_adam_only_once_gradients_change():
-    setting, steps = Setting(10, 1, 6, unchanged), {}
-    for server in ("adam", "yogi"):
-        algorithm = fedavg(MODEL, setting, server=server, server_lr=0.1)
-        state, _ = algorithm.init(jax.random.key(1))
-        for target in (0.5, 0.9, 0.1):
-            part = {"params": state.params, "stats": state.stats}
-            change = jax.tree.map(lambda x, target=target: target - x, part)
-            state = algorithm.server_update(state, Merged(change, jnp.zeros(1, jnp.int32), jnp.ones(1), ()))
-        assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
-        steps[server] = state.params
-    assert tree.global_norm(tree.sub(*steps.values())) > 1e-4
+@pytest.mark.parametrize("tau", [1e-8, 1e-3, 0.3])
+@pytest.mark.parametrize("server", ["adam", "yogi"])
+def test_adaptive_servers_are_those_of_the_paper(server, tau):
+    """Reddi et al., Algorithm 2, in numpy: m_-1 = 0, v_-1 = tau^2, no correction, tau beside the root."""
+    options = {"server_lr": 0.1, "server_momentum": 0.8, "server_epsilon": tau}
+    algorithm = fedavg(MODEL, Setting(10, 1, 6, unchanged), server=server, **options)
+    state, _ = algorithm.init(jax.random.key(1))
+    name = next(iter(state.params))
+    x, m, v = np.asarray(state.params[name]["kernel"], float), 0.0, tau**2
+    for change in (0.5, -0.02, 0.0, 0.1):
+        m = 0.8 * m + 0.2 * change
+        v = 0.99 * v + 0.01 * change**2 if server == "adam" else v - 0.01 * change**2 * np.sign(v - change**2)
+        x = x + 0.1 * m / (np.sqrt(v) + tau)
+        before, state = state, algorithm.server_update(state, changed(state, change))
+        np.testing.assert_allclose(state.params[name]["kernel"], x, rtol=1e-4, atol=1e-6)
+        same(state.stats, jax.tree.map(lambda s, change=change: s + jnp.float32(change), before.stats))
+
+
+def test_an_adaptive_server_without_adaptivity_is_refused():
+    with pytest.raises(ValueError, match="server_epsilon is 0; it must be positive"):
+        fedavg(MODEL, Setting(10, 1, 6, unchanged), server="yogi", server_epsilon=0)
 
 
 def test_a_server_rate_without_a_server_optimizer_is_refused():

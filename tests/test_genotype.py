@@ -179,6 +179,29 @@ def test_text_is_a_table():
     assert len(lines) == 2 + 8
 
 
+@pytest.mark.parametrize(
+    ("normal", "said"),
+    [
+        (((("none", 0), ("skip_connect", 1)), (("none", 0), ("dil_conv_5x5", 2))), None),
+        (((("none", 0), ("none", 1)), (("none", 0), ("dil_conv_5x5", 2))), "normal 0, 1"),
+        (((("none", 0), ("none", 1)), (("none", 1), ("none", 2))), "normal 0, 1"),
+        (((("skip_connect", 0), ("none", 1)), (("none", 0), ("none", 2))), "normal 1"),
+    ],
+)
+def test_text_names_the_nodes_that_no_image_reaches(normal, said):
+    *table, last = genotype.to_text(SMALL, EXAMPLE | {"normal": normal}).splitlines()
+    assert len(table) == 2 + 8 - (said is None)
+    assert (last == f"`none` keeps every image from the nodes {said}") == (said is not None)
+
+
+def test_equal_logits_leave_a_network_that_is_said_to_be_cut_off():
+    full = mask.full(SMALL)
+    alpha = Alpha(jnp.zeros(full.op.shape), jnp.zeros(full.pair.shape))
+    assert genotype.to_text(SMALL, genotype.pair_rule(SMALL, alpha, full)).endswith("nodes normal 0, 1; reduce 0, 1")
+    assert "keeps every image" not in genotype.to_text(SMALL, genotype.darts_rule(SMALL, alpha, full))
+    assert "keeps every image" not in genotype.to_text(NASBENCH201, CELL)
+
+
 @pytest.mark.parametrize(("graph", "found"), [(darts_graph(3), LARGER), (NASBENCH201, CELL)], ids=["darts", "cell"])
 def test_picture_names_every_operation_once_and_no_label_hides_another(tmp_path, graph, found):
     figure = picture.figure_of(graph, found)

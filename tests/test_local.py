@@ -229,15 +229,16 @@ def test_no_epochs_are_the_identity():
     same(fit(examples(8), epochs=0)[:2], (params, stats))
 
 
-def test_metrics_average_the_real_steps_alone():
-    # lr 0 and one row a step: the mean over 3 real of 8 steps is the loss of those 3 rows.
-    model, data = toy_model(), examples(8, size=3)
+@pytest.mark.parametrize(("n", "size", "batch"), [(13, 13, 4), (13, 6, 4)])
+def test_metrics_average_the_real_rows_alone(n, size, batch):
+    # lr 0: the loss of all steps is that of the rows, also where the last step holds few of them.
+    model, data = toy_model(), examples(n, size=size)
     params, stats = model.init(jax.random.key(1))
-    _, _, metrics = fit(data, sgd=(0.0,), batch=1, epochs=1)
+    _, _, metrics = fit(data, sgd=(0.0,), batch=batch, epochs=1)
     value, (_, correct) = model_loss(model)(params, stats, data, KEY)
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
     np.testing.assert_allclose(metrics["accuracy"], correct, rtol=1e-5)
-    assert metrics["image_gradients"] == 3
+    assert metrics["image_gradients"] == size
 
 
 def test_augmentation_is_drawn_anew_at_every_step():

@@ -7,7 +7,7 @@ import pytest
 
 from fedmetanas_jax import config
 from fedmetanas_jax.data import partition as module
-from fedmetanas_jax.data.partition import KINDS, histogram, majority_accuracy, manifest, partition
+from fedmetanas_jax.data.partition import KINDS, histogram, label_distance, majority_accuracy, manifest, partition
 from fedmetanas_jax.data.picture import draw
 
 
@@ -26,8 +26,7 @@ def deal(kind="dirichlet", train=TRAIN, test=TEST, **changes):
 
 def variation(a, b):
     """Mean total variation between rows of two histograms."""
-    a, b = a / a.sum(1, keepdims=True), b / b.sum(1, keepdims=True)
-    return float(np.abs(a - b).sum(1).mean() / 2)
+    return float(label_distance(a, b).mean())
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "label_skew"])
@@ -61,6 +60,34 @@ def test_training_and_test_images_follow_the_same_distribution(kind):
     train, test = histogram(parts.train, labels(10, 5000), 10), histogram(parts.test, labels(10, 1000), 10)
     assert variation(train, test) < 0.06  # .04 to .05 expected: 600 draws, and test classes that run out
     assert variation(train, np.roll(test, 1, axis=0)) > 0.5  # of another client
+
+
+@pytest.mark.parametrize("kind", ["dirichlet", "dirichlet_disjoint"])
+def test_a_class_of_too_few_test_images_makes_a_client_have_fewer_in_all(kind):
+    """As in the digits: 36 test images a class, of which many a client would want more."""
+    train, test = labels(10, 144), labels(10, 36, 1)
+    how = {"clients": 10, "train_size": 120, "concentration": 0.1}
+    parts, roomy = (deal(kind, train, test, test_size=size, **how) for size in (60, 30))
+    count, held = histogram(parts.train, train, 10), histogram(parts.test, test, 10)
+    short = (60 * count > 36 * 120).any(1)
+    assert 0 < short.sum() < 10
+    sizes = [len(np.unique(own)) for own in parts.test]
+    assert sizes == held.sum(1).tolist() == np.minimum(60, 36 * 120 // count.max(1)).tolist()
+    exact = np.array(sizes)[:, None] * count / 120
+    assert np.abs(held - exact)[short].max() < 1  # the shares, rounded to whole images
+    assert [len(own) for own in roomy.test] == [30] * 10
+    for a, b in zip(parts.train, roomy.train, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_labels_without_test_images_are_not_tested():
+    train, test = np.repeat([0, 1, 2], 50), np.repeat([1, 2], 20)
+    how = {"clients": 4, "train_size": 30, "test_size": 10, "classes": 3}
+    parts = deal(train=train, test=test, **how, concentration=100.0)
+    count = histogram(parts.train, train, 3) * [0, 1, 1]
+    assert label_distance(count, histogram(parts.test, test, 3)).max() < 0.06
+    with pytest.raises(ValueError, match="client 0 has training images of labels alone that no test image has"):
+        deal(train=train[:50], test=test, **how)
 
 
 def test_rows_are_in_random_order():
@@ -147,6 +174,16 @@ def test_label_skew(tau):
     assert np.array_equal(*held)
 
 
+def test_label_skew_deals_out_only_labels_that_there_are():
+    train, test = np.tile([1, 2, 4, 5], 30), np.tile([1, 2, 4], 10)
+    parts = deal("label_skew", train, test, clients=5, tau=2, classes=7)
+    counts = [histogram(*side, 7) for side in ((parts.train, train), (parts.test, test))]
+    for count in counts:
+        assert ((count > 0).sum(1) == 2).all()
+        assert (count[np.arange(5), [1, 2, 4, 1, 2]] > 0).all()
+    assert np.array_equal(counts[0] > 0, counts[1] > 0)
+
+
 def test_label_skew_with_fewer_clients_than_classes_leaves_images_out():
     parts = deal("label_skew", clients=3, tau=1)
     count = histogram(parts.train, TRAIN, 10)
@@ -169,7 +206,9 @@ def test_label_skew_with_fewer_clients_than_classes_leaves_images_out():
         ("plato", {"seed": 0}, "seed is 0"),
         ("dirichlet_disjoint", {"train_size": 251}, "is 251; .* at most 250"),
         ("label_skew", {"tau": 0}, "tau is 0"),
-        ("label_skew", {"tau": 11}, "tau is 11; with 10 classes"),
+        ("label_skew", {"tau": 11}, "tau is 11; with 10 classes it must be from 1 to 10"),
+        ("label_skew", {"classes": 12, "tau": 11}, "with 10 classes that have training and test images"),
+        ("label_skew", {"train": TRAIN[:60], "clients": 60}, "label 0 to .* clients, but it has . training images"),
         ("label_skew", {"clients": 2000, "tau": 1}, "without test images"),
     ],
 )
@@ -187,6 +226,7 @@ def test_histogram_and_majority_by_hand():
     held = histogram([np.array([0, 1]), np.array([1, 2, 3])], test, 3)
     assert held.tolist() == [[1, 1, 0], [0, 2, 1]]
     assert majority_accuracy(count, held) == pytest.approx((1 / 2 + 2 / 3) / 2)
+    np.testing.assert_allclose(label_distance(count, held), [1 / 6, 0], atol=1e-12)
 
 
 def test_manifest_is_json_and_its_hash_is_of_the_rows():
@@ -196,6 +236,9 @@ def test_manifest_is_json_and_its_hash_is_of_the_rows():
     assert record["parameters"] == {"kind": "dirichlet", "seed": 1}
     assert record["train"]["sizes"] == [100] * 20
     assert np.sum(record["test"]["histogram"]) == 20 * 90
+    distance = record["label_distance"]
+    assert len(distance["of_clients"]) == 20
+    assert distance["mean"] == pytest.approx(np.mean(distance["of_clients"]))
     # The same images in other hands, or in another order, are another partition.
     first, second, *others = parts.train
     moved = parts._replace(train=[np.append(first, second[0]), second[1:], *others])

@@ -5,7 +5,6 @@ Li, Hu, Beirami, Smith; ICML 2021.
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -51,7 +50,7 @@ def ditto(model: Model, setting: Setting, *, lam: float = 1.0, personal_epochs: 
         # 1 FedAvg's step on w from w_t.
         reply = base.client_update(sent, (), data, key)
         # 2 E epochs: v <- v - lr (grad(v) + lam (v - w_t)).
-        v, own_key = personal(sent, own), jax.random.fold_in(key, 1)
+        v, (*_, own_key) = personal(sent, own), local.keys_of_training(key)
         optimizer = optax.chain(pull(sent.params, lam), local_sgd(setting, sent.round))
         params, stats, metrics = train(optimizer, v.params, v.stats, data, own_key, personal_epochs)
         # 3 return w - w_t; keep v.

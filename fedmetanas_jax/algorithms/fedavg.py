@@ -10,8 +10,9 @@ import optax
 
 from fedmetanas_jax import tree
 from fedmetanas_jax.algorithms.averaging import Server, averaging
+from fedmetanas_jax.algorithms.checks import check
 from fedmetanas_jax.core import Algorithm, Model, Setting
-from fedmetanas_jax.optimizers import local_sgd
+from fedmetanas_jax.optimizers import adaptive, local_sgd
 
 
 def fedavg(
@@ -29,24 +30,24 @@ def fedavg(
 
     Args:
       server: "mean" adds the mean change to w_t; the others are FedAvgM, FedAdam and FedYogi: a step of that
-        optimizer against it. Batch-norm statistics always take the mean: along a pseudo-gradient variances would
+        optimizer along it. Batch-norm statistics always take the mean: along a pseudo-gradient variances would
         turn negative.
       server_lr: of that step; none is 1 for FedAvgM and 0.01 for FedAdam and FedYogi, whose steps do not shrink
         with the pseudo-gradient.
-      server_momentum, server_epsilon: first moment's decay, and the adaptivity tau of FedAdam and FedYogi.
+      server_momentum, server_epsilon: first moment's decay (beta_1), and the adaptivity tau of FedAdam and FedYogi,
+        which is added to the root of the second moment; that starts at tau^2 and decays by beta_2 = 0.99.
     """
+    check(server_epsilon=(server_epsilon, server_epsilon > 0, "positive"))
     base = averaging(model, setting, lambda sent: local_sgd(setting, sent.round))
     if server == "mean":
         if server_lr is not None:
             raise ValueError(f"server_lr is {server_lr}, but server=mean has none; choose momentum, adam or yogi")
         return base
     server_lr = {"momentum": 1.0}.get(server, 0.01) if server_lr is None else server_lr
-    moments = {"b1": server_momentum, "b2": 0.99, "eps": server_epsilon}
-    step = {
-        "momentum": lambda: optax.sgd(server_lr, server_momentum),
-        "adam": lambda: optax.adam(server_lr, **moments),
-        "yogi": lambda: optax.yogi(server_lr, **moments),
-    }[server]()
+    if server == "momentum":
+        step = optax.sgd(server_lr, server_momentum)
+    else:
+        step = adaptive(server, server_lr, server_momentum, 0.99, server_epsilon)
 
     def init(key):
         state, own = base.init(key)

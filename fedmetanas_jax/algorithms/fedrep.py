@@ -3,7 +3,6 @@
 Collins, Hassani, Mokhtari, Shakkottai; ICML 2021.
 """
 
-import jax
 import jax.numpy as jnp
 
 from fedmetanas_jax import local, tree
@@ -49,7 +48,7 @@ def fedrep(
     def client_update(sent, own_head, data, key):
         # 1 body <- server, head <- own.  2 E - 1 epochs: SGD on the head, body frozen. Freezing is of weights
         # alone: batch norms go on averaging in both stages, and their statistics travel with the body.
-        optimizer, head_key = local_sgd(setting, sent.round), jax.random.fold_in(key, 1)
+        optimizer, (*_, head_key) = local_sgd(setting, sent.round), local.keys_of_training(key)
         params, stats, first = train(
             only(is_head, optimizer), sent.params | own_head, sent.stats, data, head_key, head_epochs
         )

@@ -39,15 +39,19 @@ def partition(
 
     - dirichlet: each client draws train_size distinct training and test_size distinct test images, an image
       with weight p_k[its label], without replacement and independently of the other clients, who may draw the
-      same image. Where a class runs out the draw goes on with the others.
+      same image. Where a class of training images runs out the draw goes on with the others. Where a class has too few
+      test images for test_size in the shares of a client's training labels, the client has fewer in all: as many as
+      there are in these shares (D-55).
     - dirichlet_disjoint: as dirichlet, but no training image goes to two clients; they take turns in random
-      order, so that nobody is left with what nobody wanted. The test draw follows the classes a client got.
+      order, so that nobody is left with what nobody wanted. The test draw follows the classes a client got, with fewer
+      images where one has too few.
     - plato: as dirichlet, but all clients draw along one order of the images, so those who want n and n'
       images of a class get the first n and n' of one list, and p_k comes from numpy's legacy generator seeded
-      with seed * (client + 1): few distinct images in all (methods section 11.1).
-    - label_skew: client c holds class c mod classes and tau - 1 random others; every class is split evenly
-      and disjointly over its holders, training and test images alike. The sizes follow from that: train_size
-      and test_size are not used.
+      with seed * (client + 1): few distinct images in all (methods section 11.1). Where a class runs out, of test
+      images too, the draw goes on with the others, as Plato's does.
+    - label_skew: of the classes that have training and test images client c holds number c, from the start again after
+      the last, and tau - 1 random others; every class is split evenly and disjointly over its holders, training and
+      test images alike. The sizes follow from that: train_size and test_size are not used.
     - iid: as dirichlet, with the same weight for every image.
 
     Raises ValueError for what cannot be dealt.
@@ -75,11 +79,11 @@ def partition(
     if kind == "dirichlet_disjoint":
         _check_size("train_size of disjoint clients", train_size, len(train_labels) // clients)
         train = _deal(log_p, train_labels, train_size, seed)
-        held = histogram(train, train_labels, classes)
-        log_p = np.log(np.maximum(held, np.finfo(float).tiny))
+        log_p = np.log(np.maximum(histogram(train, train_labels, classes), np.finfo(float).tiny))
     else:
         train = _draw(log_p, train_labels, train_size, seed, _TRAIN, shared)
-    return Partition(train, _draw(log_p, test_labels, test_size, seed, _TEST, shared))
+    held = histogram(train, train_labels, classes) if kind.startswith("dirichlet") else None
+    return Partition(train, _draw(log_p, test_labels, test_size, seed, _TEST, shared, held))
 
 
 def histogram(rows: list[np.ndarray], labels: np.ndarray, classes: int) -> np.ndarray:
@@ -97,6 +101,15 @@ def majority_accuracy(train_histogram: np.ndarray, test_histogram: np.ndarray) -
     return float(np.mean(right / test_histogram.sum(axis=1)))
 
 
+def label_distance(train_histogram: np.ndarray, test_histogram: np.ndarray) -> np.ndarray:
+    """[clients], from 0 to 1: the total variation distance of a client's training and test label shares.
+
+    A client's accuracies are of what it learnt where this is about what drawing so few images leaves by chance.
+    """
+    train, test = (count / count.sum(axis=1, keepdims=True) for count in (train_histogram, test_histogram))
+    return np.abs(train - test).sum(axis=1) / 2
+
+
 def manifest(
     parts: Partition, train_labels: np.ndarray, test_labels: np.ndarray, classes: int, parameters: dict
 ) -> dict:
@@ -105,10 +118,12 @@ def manifest(
     `parameters` are recorded as given. Two partitions are equal where both SHA-256 are.
     """
     counts = [histogram(parts.train, train_labels, classes), histogram(parts.test, test_labels, classes)]
+    distance = label_distance(*counts)
     record = {
         "parameters": dict(parameters),
         "clients": len(parts.train),
         "majority_accuracy": majority_accuracy(*counts),
+        "label_distance": {"mean": float(distance.mean()), "of_clients": distance.tolist()},
     }
     for name, rows, count in zip(("train", "test"), parts, counts, strict=True):
         record[name] = {
@@ -144,11 +159,12 @@ def _log_p(kind: str, concentration: float, classes: int, seed: int, client: int
     return np.where(gamma >= tiny, np.log(np.maximum(gamma, tiny)), tail)
 
 
-def _draw(log_p: np.ndarray, labels: np.ndarray, size: int, seed: int, purpose: int, shared: bool) -> list:
+def _draw(log_p: np.ndarray, labels: np.ndarray, size: int, seed: int, purpose: int, shared: bool, held=None) -> list:
     """`size` distinct rows per client, weighted by p[label], without replacement.
 
     The rows with the largest log weight + Gumbel noise are such a draw (the Gumbel-top-k trick), in one pass
-    that ends whatever the weights. Sharing the noise among clients is Plato's shared generator state.
+    that ends whatever the weights. Sharing the noise among clients is Plato's shared generator state. Given training
+    images `held` [clients, classes], fewer rows where `size` cannot be had in their shares.
     """
     common = _rng(seed, _SHARED + purpose).gumbel(size=len(labels)) if shared else None
     rows = []
@@ -156,8 +172,28 @@ def _draw(log_p: np.ndarray, labels: np.ndarray, size: int, seed: int, purpose: 
         rng = _rng(seed, purpose, client)
         noise = common if shared else rng.gumbel(size=len(labels))
         best = np.argpartition(weight[labels] + noise, len(labels) - size)[len(labels) - size :]
+        if held is not None:
+            best = _in_shares(best, held[client], labels, noise, client)
         rows.append(rng.permutation(np.sort(best)))
     return rows
+
+
+def _in_shares(best: np.ndarray, held: np.ndarray, labels: np.ndarray, noise: np.ndarray, client: int) -> np.ndarray:
+    """The rows `best`, if there are so many rows in the shares of `held` [classes]; else the most there are, rounded to
+    whole ones. Of every class those drawn first, as in `best`. A class without any rows is left out of the shares.
+    """
+    there = np.bincount(labels, minlength=len(held))
+    if np.all(len(best) * held <= there * held.sum()):
+        return best
+    held = np.where(there > 0, held, 0)
+    if not held.any():
+        raise ValueError(f"client {client} has training images of labels alone that no test image has")
+    total, mine = held.sum(), held > 0
+    size = min(len(best), np.min(there[mine] * total // held[mine]))
+    count, rest = np.divmod(size * held, total)  # what has no rest is not rounded up, so it is there
+    count[np.argsort(-rest, kind="stable")[: size - count.sum()]] += 1
+    order = np.argsort(-noise)
+    return np.concatenate([order[labels[order] == c][:n] for c, n in enumerate(count)])
 
 
 def _deal(log_p: np.ndarray, labels: np.ndarray, size: int, seed: int) -> list:
@@ -176,29 +212,36 @@ def _deal(log_p: np.ndarray, labels: np.ndarray, size: int, seed: int) -> list:
 
 
 def _label_skew(train_labels, test_labels, clients: int, tau: int, classes: int, seed: int) -> Partition:
-    if not 1 <= tau <= classes:
-        raise ValueError(f"tau is {tau}; with {classes} classes it must be from 1 to {classes}")
+    there = np.intersect1d(train_labels, test_labels)
+    if not 1 <= tau <= len(there):
+        some = "" if len(there) == classes else " that have training and test images"
+        raise ValueError(f"tau is {tau}; with {len(there)} classes{some} it must be from 1 to {len(there)}")
     rng = _rng(seed, _CLASSES)
     holders = [[] for _ in range(classes)]
     for client in range(clients):
-        first = client % classes
-        others = np.delete(np.arange(classes), first)
-        for c in (first, *rng.choice(others, tau - 1, replace=False)):
+        first = client % len(there)
+        others = np.delete(there, first)
+        for c in (there[first], *rng.choice(others, tau - 1, replace=False)):
             holders[c].append(client)
     sides = []
     for labels, purpose in ((train_labels, _TRAIN), (test_labels, _TEST)):
         rng = _rng(seed, purpose)
         pieces = [[] for _ in range(clients)]
         for c in range(classes):
-            shares = np.array_split(rng.permutation(np.flatnonzero(labels == c)), max(len(holders[c]), 1))
+            images = rng.permutation(np.flatnonzero(labels == c))
+            if purpose == _TRAIN and len(images) < len(holders[c]):
+                raise ValueError(
+                    f"label_skew gives label {c} to {len(holders[c])} clients, but it has {len(images)} training "
+                    "images: take fewer clients, or a smaller tau"
+                )
+            shares = np.array_split(images, max(len(holders[c]), 1))
             for client, share in zip(rng.permutation(holders[c]), shares, strict=False):
                 pieces[int(client)].append(share)
         rows = [rng.permutation(np.concatenate(own)) for own in pieces]
         sides.append(rows)
         empty = [client for client, own in enumerate(rows) if len(own) == 0]
         if empty:
-            side = "training" if purpose == _TRAIN else "test"
-            raise ValueError(f"label_skew leaves client {empty[0]} without {side} images: take fewer clients")
+            raise ValueError(f"label_skew leaves client {empty[0]} without test images: take fewer clients")
     return Partition(*sides)
 
 

@@ -1,11 +1,15 @@
 """From a round's measurements to what is written: its record, the check that all of it is finite, the summary."""
 
-import resource
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 from fedmetanas_jax.core import Algorithm, Tree
 
@@ -17,11 +21,12 @@ class NonFiniteError(ArithmeticError):
 def lines(metrics: dict, start: int, stop: int, seconds: float, phase: int, algorithm: Algorithm) -> list[dict]:
     """One record a round for rounds start + 1 .. stop; the leaves of metrics are [block, cohort] or [block].
 
-    What clients measured is averaged over those whose reply is finite; the others are named, "dropped".
+    What clients measured is averaged over those whose reply is finite; the others are named, "dropped". A client's
+    losses and accuracies are means over its training images, so they weigh by how many those are; all else evenly.
     """
     out = []
     for i in range(stop - start):
-        row = {name: x[i] for name, x in metrics.items() if name not in ("client", "finite")}
+        row = {name: x[i] for name, x in metrics.items() if name not in ("client", "rows", "finite")}
         clients, finite = metrics["client"][i], metrics["finite"][i]
         sums = {name: int(np.sum(row.pop(name), dtype=np.int64)) for name in ("bytes_up", "bytes_down")}
         gradients = float(np.sum(row.pop("image_gradients")[finite]))
@@ -29,12 +34,17 @@ def lines(metrics: dict, start: int, stop: int, seconds: float, phase: int, algo
         macs = float(np.sum(row.pop("macs")[finite])) if "macs" in row else 3 * algorithm.macs * gradients
         line = {"round": start + i + 1, "phase": phase, "seconds": seconds}
         heard = {name: x[finite] if x.ndim else x for name, x in row.items()}
-        line |= {name: float(np.mean(x)) for name, x in heard.items() if x.size}
+        line |= {name: _mean(name, x, metrics["rows"][i][finite]) for name, x in heard.items() if x.size}
         line |= {"cohort": clients.tolist(), "image_gradients": gradients, "macs": macs} | sums
         if not all(finite):
             line["dropped"] = clients[~finite].tolist()
         out.append(line)
     return out
+
+
+def _mean(name: str, values: np.ndarray, rows: np.ndarray) -> float:
+    of_images = values.ndim and name.endswith(("loss", "accuracy"))
+    return float(np.average(values, weights=rows) if of_images else np.mean(values))
 
 
 def check_finite(metrics: dict, start: int, stop: int, saved: list[int], lost: int, allowed: int) -> int:
@@ -93,7 +103,10 @@ def summarize(lines: list[dict]) -> dict:
     (`Phase.ends`) accuracies are of what it trained; those of what came before are in a dict of their own.
     """
     seconds = [line["seconds"] for line in lines]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = {}
+    if resource is not None:
+        largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        peak = {"host_memory_peak_bytes_of_this_process": largest}
     ended, begun = {}, 0
     for n, line in enumerate(lines, 1):
         if "ended" in line:
@@ -109,7 +122,7 @@ def summarize(lines: list[dict]) -> dict:
         "macs": sum(line["macs"] for line in lines),
         "bytes_up": sum(line["bytes_up"] for line in lines),
         "bytes_down": sum(line["bytes_down"] for line in lines),
-        "host_memory_peak_bytes_of_this_process": peak,
+        **peak,
     }
 
 

@@ -179,10 +179,10 @@ def make_round(
     It runs the rounds state.round ... stop-1, at most `block` of them, in one dispatch; `stop` is to lie past
     state.round (a block of 1 is one round and does not read it). The state given is donated, so gone after.
 
-    metrics: name -> [block, cohort] of what the clients measured, "client" their ids int32, "finite" bool
-    (all a client sends, keeps and measures is a number), "bytes_up" and "bytes_down" int32 (`traffic`, unless the
-    clients measure them); and name -> [block] of algorithm.report on the server after the round. Rows past the rounds
-    run are zero.
+    metrics: name -> [block, cohort] of what the clients measured, "client" their ids int32, "rows" the training images
+    that they hold int32, "finite" bool (all a client sends, keeps and measures is a number), "bytes_up" and
+    "bytes_down" int32 (`traffic`, unless the clients measure them); and name -> [block] of algorithm.report on the
+    server after the round. Rows past the rounds run are zero.
 
     A client whose weight the aggregate sets to 0 keeps what it had. Where that is the whole cohort, so does the
     server, but for its round.
@@ -226,7 +226,8 @@ def make_round(
         if not hosted:
             after = client_states.put(owns, chosen, after, mesh)
         sent = {name: jnp.full(cohort_size, n, jnp.int32) for name, n in traffic(algorithm, server, replies).items()}
-        found = [{"client": chosen, "finite": finite}, sent | replies.metrics, more, algorithm.report(moved)]
+        about = {"client": chosen, "rows": data.train_size[chosen], "finite": finite}
+        found = [about, sent | replies.metrics, more, algorithm.report(moved)]
         names = [name for part in found for name in part]
         if len(set(names)) < len(names):
             raise ValueError(f"a name twice among the metrics of engine, clients, aggregate and report: {names}")

@@ -67,8 +67,8 @@ def darts_mix(graph: Graph, logits: Array) -> Array:
 def pair_rule(graph: Graph, alpha: Alpha, mask: Mask) -> Genotype:
     """MetaNAS: per node the pair with the largest logit, on each of its inputs the largest operation logit.
 
-    `none` may win (D-34), so this is exactly the network that the terminal prune leaves. Ties go to the
-    lowest index.
+    `none` may win (D-34), on all inputs of a node too, so this is exactly the network that the terminal prune leaves;
+    `to_text` says where it left nothing. Ties go to the lowest index.
     """
     return of_mix(graph, masks.terminal(graph, alpha, mask).op)
 
@@ -160,11 +160,33 @@ def input_name(graph: Graph, i: int) -> str:
 
 
 def to_text(graph: Graph, genotype: Genotype) -> str:
-    """A table for people: one row per kept input of every node of every cell."""
+    """A table for people: one row per kept input of every node of every cell; and a line on nodes without any input,
+    if there are such.
+    """
     rows = [("cell", "node", "input", "operation")]
     for name, cell in genotype.items():
         for j, node in enumerate(cell):
             rows += [(name, str(j), input_name(graph, i), op) for op, i in node]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    if cut_off := _cut_off(graph, genotype):
+        where = "; ".join(f"{name} {', '.join(map(str, nodes))}" for name, nodes in cut_off.items())
+        lines.append(f"`none` keeps every image from the nodes {where}")
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def _cut_off(graph: Graph, genotype: Genotype) -> dict[str, list[int]]:
+    """Cell type -> its nodes whose inputs all carry `none`, or come from such nodes; only types that have some.
+
+    Nothing forbids them: an operation on such an edge would have weights that the search did not choose, and the
+    function would change that the network was trained to be. So they are named.
+    """
+    found = {}
+    for name, cell in genotype.items():
+        live = set(range(graph.inputs))
+        for j, node in enumerate(cell):
+            if any(op != "none" and i in live for op, i in node):
+                live.add(graph.inputs + j)
+        if dead := [j for j in range(len(cell)) if graph.inputs + j not in live]:
+            found[name] = dead
+    return found
