@@ -4,6 +4,7 @@ Imports no jax, so that a mistyped name is answered at once. Exit status of ever
 request made no sense, 130 interrupted; a run that was asked to stop by another signal: 128 + its number.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -13,6 +14,9 @@ from typing import Any, NamedTuple
 from absl import flags as absl
 
 from fedmetanas_jax.options import UsageError, nearest, parse_value, wanted
+
+if not hasattr(signal, "SIGHUP"):  # Windows; before a script imports what has need of it
+    sys.exit("error: Linux and macOS only: a run listens to SIGHUP and locks its workdir, and this system has neither")
 
 
 class Flag(NamedTuple):
@@ -98,25 +102,61 @@ def written(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) or value is None else str(value)
 
 
+def show(text: str) -> None:
+    """Prints it at once, where somebody who has had enough of it is expected. OSError, which names stdout."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        raise _named(error) from None
+
+
+def _named(error: OSError) -> OSError:
+    return type(error)(error.errno, error.strerror, "<stdout>")
+
+
 def exit_status(action: Callable[[], int | None], failures: Callable[[], tuple] = tuple) -> int:
-    """Does it -> the exit status, which is the action's own unless it raises.
+    """Does it -> the exit status, which is the action's own unless it raises, or its output cannot be written.
 
     failures: () -> the exceptions that a user can cause, besides UsageError; asked for only where one was raised.
     Each is one line of text and no traceback; of anything else the traceback is kept.
     """
+    line = None
+    if hasattr(sys.stdout, "reconfigure"):  # not of a closed one, which is None
+        sys.stdout.reconfigure(errors="backslashreplace")  # of what its encoding has not; stderr does so by itself
     try:
-        return action() or 0
+        status = action() or 0
     except KeyboardInterrupt as stop:  # whoever has something to save has saved it, and said how to go on
-        return 128 + (stop.args[0] if stop.args else signal.SIGINT)  # as shells have it
+        status = 128 + (stop.args[0] if stop.args else signal.SIGINT)  # as shells have it
     except BrokenPipeError:  # whoever read the output has had enough of it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        status = 1
     except Exception as error:
         usage = isinstance(error, UsageError)
         if not usage and not isinstance(error, failures()):
             raise
-        text = str(error)
-        if isinstance(error, OSError) and error.filename:  # without its number, which tells nobody anything
-            text = f"{error.strerror}: {error.filename}"
-        print(f"error: {' '.join(text.split())}", file=sys.stderr)
-        return 2 if usage else 1
+        status, line = 2 if usage else 1, _line(error)
+    if (lost := _lost_output()) is not None:
+        status = status or 1
+        if line in (None, _line(lost)):
+            line = None if isinstance(lost, BrokenPipeError) else _line(_named(lost))
+    if line is not None:
+        with contextlib.suppress(OSError):  # stderr may be on the same full disk
+            print(f"error: {line}", file=sys.stderr)
+    return status
+
+
+def _line(error: Exception) -> str:
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:  # without its number, which tells nobody anything
+        text = error.strerror + (f": {error.filename}" if error.filename else "")
+    return " ".join(text.split())
+
+
+def _lost_output() -> OSError | None:
+    """Why what was printed cannot be written, if so; it is then given up, or Python would complain of it in the end."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return error
+    return None

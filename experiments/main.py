@@ -23,6 +23,7 @@ from command import Flag, written
 
 from fedmetanas_jax.config import Config, validate
 from fedmetanas_jax.engine.interrupt import interruptible
+from fedmetanas_jax.environment import jax_variables
 from fedmetanas_jax.options import LARGEST_INT, UsageError, nearest, option_types, parse_options, parse_path, wanted
 from fedmetanas_jax.tasks import TASKS
 
@@ -60,7 +61,8 @@ def parse(argv: list[str], own: dict[str, Flag] = FLAGS) -> Parsed:
     """
     for argument in argv[1:]:
         if not argument.isprintable() and argument != argument.encode(errors="ignore").decode():
-            raise UsageError(f"the argument {ascii(argument)} is not UTF-8")  # no output could show it
+            encoding = sys.getfilesystemencoding().upper()  # but in odd locales UTF-8
+            raise UsageError(f"the argument {ascii(argument)} is not {encoding}")  # no output could show it
     options, rest = command.take(argv, "config.options.")
     values = command.read(rest, own | FIELD_FLAGS | OPTIONS)
     fields = {name: values.pop(f"config.{name}") for name in FIELDS if f"config.{name}" in values}
@@ -88,14 +90,20 @@ def _with_options(config: Config, task_method: str, texts: dict[str, str]) -> Co
 
     A task's own options are meant for its own method; another method starts from its factory's defaults.
     """
-    from fedmetanas_jax.algorithms import ALGORITHMS
-
-    if config.method not in ALGORITHMS:
-        raise UsageError(nearest("method", config.method, ALGORITHMS))
-    factory = ALGORITHMS[config.method]
+    algorithms = _algorithms()
+    if config.method not in algorithms:
+        raise UsageError(nearest("method", config.method, algorithms))
+    factory = algorithms[config.method]
     defaults = {name: default for name, (_, default) in option_types(factory).items()}
     from_task = config.options if config.method == task_method else {}
     return dataclasses.replace(config, options=defaults | from_task | parse_options(factory, texts))
+
+
+def _algorithms() -> dict[str, Callable]:
+    """The methods' factories by name; loads jax."""
+    with jax_variables():
+        from fedmetanas_jax.algorithms import ALGORITHMS
+    return ALGORITHMS
 
 
 def help_text(asked: Parsed, about: str | None = __doc__, own: dict[str, Flag] = FLAGS) -> str:
@@ -111,12 +119,10 @@ def help_text(asked: Parsed, about: str | None = __doc__, own: dict[str, Flag] =
 
 def list_text() -> str:
     """The tasks, and the methods with their papers and options."""
-    from fedmetanas_jax.algorithms import ALGORITHMS
-
     lines = ["Tasks (--config=NAME):"]
     lines += [f"  {name:<16} {_docstring(task)[0]}" for name, task in TASKS.items()]
     lines += ["", "Methods (--config.method=NAME), each with its options (--config.options.NAME=VALUE):"]
-    for name, factory in ALGORITHMS.items():
+    for name, factory in _algorithms().items():
         lines.append(f"  {name:<16} {_docstring(factory)[0]}")
         lines += [f"{'':<18} {line}" for line in _docstring(factory) if line.startswith("Paper: ")]
         for option, (kind, default) in option_types(factory).items():
@@ -141,12 +147,10 @@ def main(argv: list[str]) -> int:
     def answer() -> None:
         asked = parse(argv)
         if asked.show != "run":
-            # Flushed here, where somebody who has had enough of it is expected.
-            print(help_text(asked) if asked.show == "help" else list_text(), flush=True)
-            return
+            return command.show(help_text(asked) if asked.show == "help" else list_text())
         from fedmetanas_jax import build
 
-        print(f"{asked.task} with {asked.config.method} in {asked.workdir}", flush=True)
+        command.show(f"{asked.task} with {asked.config.method} in {asked.workdir}")
         names = ("task", "workdir", "data_dir", "stop_after", "command")
         build.run(asked.config, **{name: getattr(asked, name) for name in names})
 

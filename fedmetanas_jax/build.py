@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from fedmetanas_jax import deliver, pictures
+from fedmetanas_jax import deliver, environment, pictures
 from fedmetanas_jax.algorithms import ALGORITHMS
 from fedmetanas_jax.architecture import Architecture, make_architecture, searches
 from fedmetanas_jax.config import MAY_CHANGE, Config, to_dict, validate
@@ -31,19 +31,23 @@ AHEAD = 20  # rounds in which a GPU is expected to have the next program compile
 FAILURES = (
     UsageError, sources.DataError, records.WorkdirError, CheckpointError, NonFiniteError, NetworkError, OSError,
 )  # fmt: skip
-CACHE = "~/.cache/fedmetanas_jax/xla"  # compiled programs, unless JAX_COMPILATION_CACHE_DIR says otherwise
 
 
 def prepare_jax(config: Config) -> None:
-    """Settings that must precede the first array: the compilation cache, and a CPU cut into devices."""
+    """Settings that must precede the first array: the compilation cache (in the user's, unless
+    JAX_COMPILATION_CACHE_DIR says otherwise), float32, and a CPU cut into devices.
+
+    UsageError for a variable of the environment with which jax cannot start.
+    """
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(Path(CACHE).expanduser()))
+        jax.config.update("jax_compilation_cache_dir", str(sources.cache("xla")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     if config.devices > 1:
         try:
             jax.config.update("jax_num_cpu_devices", config.devices)  # only the CPU backend reads it
         except RuntimeError:  # jax is already running; clients_mesh will say how many devices it has
             pass
+    environment.start_jax()
 
 
 def one_phase(algorithm: Algorithm) -> list[Phase]:
@@ -97,6 +101,15 @@ def deal(config: Config, dataset: sources.Dataset, least_rows: int) -> partition
     return parts
 
 
+def federate(config: Config, dataset: sources.Dataset, parts: partition.Partition) -> FederatedData:
+    """The images with everybody's rows, of lengths that are the same for every seed, or nearly always: then the seeds
+    of an experiment share their compiled programs. What label skew deals out is rounded up to whole batches."""
+    if config.partition == "label_skew":
+        longest = (max(map(len, rows)) for rows in (parts.train, parts.test))
+        return federated.federate(dataset, parts, tuple(-(-rows // config.batch) * config.batch for rows in longest))
+    return federated.federate(dataset, parts, (config.train_size, config.test_size))
+
+
 def _dealing(config: Config) -> dict:
     """What says how the images are dealt."""
     names = ("clients", "train_size", "test_size", "concentration", "tau", "seed")
@@ -136,7 +149,7 @@ def run(
             raise UsageError(str(error)) from error
         phases, chosen = make_phases(config, dataset)
         parts = deal(config, dataset, first_algorithm(phases).least_rows)
-        data = federated.federate(dataset, parts)
+        data = federate(config, dataset, parts)
         mine = identity.of(to_dict(config), MAY_CHANGE, data)
         interrupt.obey()
         with claim(workdir, to_dict(config), print, MAY_CHANGE) as claimed, _hindrances(command):
@@ -220,4 +233,4 @@ def without_a_run(config: Config, data_dir: str | None) -> tuple[Algorithm, Fede
     prepare_jax(config)
     dataset = sources.load(config.dataset, sources.data_dir(data_dir))
     algorithm = first_algorithm(make_phases(config, dataset)[0])
-    return algorithm, federated.federate(dataset, deal(config, dataset, algorithm.least_rows))
+    return algorithm, federate(config, dataset, deal(config, dataset, algorithm.least_rows))

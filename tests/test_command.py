@@ -1,6 +1,9 @@
 """The door of the scripts: flags as typed values, and what is answered where they make no sense."""
 
 import errno
+import io
+import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -74,6 +77,35 @@ def test_what_may_happen_to_a_script_is_a_status_and_at_most_a_line(raised, stat
 
     assert command.exit_status(action, lambda: (OSError,)) == status
     assert capsys.readouterr().err == line
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a disk without room")
+@pytest.mark.parametrize("show", [print, command.show])
+@pytest.mark.parametrize("text", ["few", "many " * 20_000])  # which wait in a buffer, and which do not
+def test_output_on_a_full_disk_is_one_line(show, text, monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert command.exit_status(lambda: show(text), lambda: (OSError,)) == 1
+        full.flush()  # nothing is left that the interpreter could fail to write
+    assert capsys.readouterr().err.startswith("error: No space left on device")
+
+
+def test_what_an_encoding_lacks_is_escaped(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert command.exit_status(lambda: command.show("in ü/猫")) == 0
+    assert written.getvalue() == b"in \\xfc/\\u732b\n"
+
+
+def test_without_stdout_nothing_is_said(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert command.exit_status(lambda: command.show("x")) == 0
+
+
+def test_a_system_without_sighup_is_told_before_anything_else_is_imported(monkeypatch):
+    monkeypatch.delattr(signal, "SIGHUP")
+    with pytest.raises(SystemExit, match="^error: Linux and macOS only: "):
+        runpy.run_path(command.__file__)
 
 
 def test_whoever_closes_the_pipe_gets_no_traceback():

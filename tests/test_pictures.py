@@ -1,5 +1,7 @@
 """The pictures of a run: what their panels, images and frames hold, for both search spaces and for older records."""
 
+import warnings
+
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -7,6 +9,7 @@ from matplotlib.text import Annotation, Text
 from PIL import Image
 
 from fedmetanas_jax import pictures
+from fedmetanas_jax.data import picture as partition_picture
 from fedmetanas_jax.engine import curves, panels
 from fedmetanas_jax.models.nasbench201 import GRAPH as NASBENCH201
 from fedmetanas_jax.models.plan import darts_graph
@@ -61,6 +64,20 @@ def test_curves_have_a_panel_for_every_kind_of_number_there_is(tmp_path):
     curves.draw(loss, tmp_path / "loss.png", "loss alone")
     assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
     assert Image.open(tmp_path / "loss.png").format == "PNG"
+
+
+def test_names_of_labels_are_text_and_no_formulas(tmp_path):
+    names = (r"$\frac$", "$", "über {x}", "猫", "", "a\nb", "x" * 100, "кот")
+    shown = [r"$\frac$", "$", "über {x}", "label 3", "label 4", "label 5", f"{'x' * 20}...", "кот"]
+    figure = partition_picture.figure_of(np.ones((3, len(names))), names)
+    axes, _ = figure.axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == shown
+    with warnings.catch_warnings(action="error"):  # of what the font lacks, and of no room
+        FigureCanvasAgg(figure).draw()
+    (height,) = axes.get_window_extent().bounds[3:]
+    assert height > 20
+    partition_picture.draw(np.ones((3, 40)), tuple(map(str, range(40))), tmp_path / "many.svg")
+    assert "label" not in (tmp_path / "many.svg").read_text()
 
 
 def test_curves_of_nothing_are_refused(tmp_path):

@@ -1,11 +1,14 @@
 """Data sets by name: what is read, what is refused, and that nothing damaged gets through."""
 
+import contextlib
 import gzip
+import hashlib
 import io
 import os
 import subprocess
 import sys
 import tarfile
+import types
 from pathlib import Path
 
 import numpy as np
@@ -43,9 +46,12 @@ def refusal(name, folder):
 
 @pytest.fixture
 def small_official(monkeypatch):
-    """The official sets as if they had 20 + 4 images, the number in this file's archives."""
+    """The official sets as if they had 20 + 4 images, the number in this file's archives, which are made official."""
+    from fedmetanas_jax.data import prepare
+
     for name, official in sources.OFFICIAL.items():
         monkeypatch.setitem(sources.OFFICIAL, name, official._replace(train=20, test=4))
+    monkeypatch.setattr(prepare, "ARCHIVES", dict(prepare.ARCHIVES))
 
 
 def test_bundled_digits_are_the_whole_uci_set(tmp_path):
@@ -150,6 +156,15 @@ def test_classes_without_images_are_said(tmp_path, caplog):
     assert "no training images of label 1; the network gets 3 classes all the same" in caplog.text
     assert "no test images" not in caplog.text
     caplog.clear()
+    save(tmp_path, train_labels=np.arange(12) % 3 + 1, test_labels=np.arange(6) % 3 + 1)
+    sources.load("mine", tmp_path)
+    assert "labels are 1 to 3, and 0 is a class too; subtract 1 from them unless it is meant to be one" in caplog.text
+    assert "no test images of label 0; the network gets 4 classes all the same" in caplog.text
+    caplog.clear()
+    save(tmp_path, label_names=np.array(["none", "a", "b", "c"]), test_labels=np.arange(6) % 3 + 1)
+    sources.load("mine", tmp_path)
+    assert "subtract" not in caplog.text
+    caplog.clear()
     names = np.array(["cat", "dog", "bird", *(f"odd{i}" for i in range(12))])
     save(tmp_path, label_names=names)
     sources.load("mine", tmp_path)
@@ -182,6 +197,19 @@ def test_data_dir(monkeypatch, tmp_path):
     monkeypatch.setenv("FEDMETANAS_DATA", str(tmp_path / "b"))
     assert sources.data_dir() == tmp_path / "b"
     assert sources.data_dir("~/c") == tmp_path / "c"
+
+
+def test_without_a_home_the_cache_is_in_the_current_folder(monkeypatch, tmp_path):
+    def nobody(*_):
+        raise KeyError("no such user")
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("FEDMETANAS_DATA", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    monkeypatch.chdir(tmp_path)
+    assert sources.data_dir() == tmp_path / ".cache/fedmetanas_jax/data"
+    assert sources.cache("xla") == tmp_path / ".cache/fedmetanas_jax/xla"
+    assert len(sources.load("digits", sources.data_dir()).test_labels) == 360
 
 
 def test_mean_std(tmp_path):
@@ -248,7 +276,7 @@ def test_without_tensorflow_datasets_the_line_says_what_to_install(tmp_path, mon
 
 
 def lay(folder, name, arrays):
-    """The official archive of `name` with these images, where tensorflow-datasets keeps its downloads."""
+    """The official archive of `name` with these images, where tensorflow-datasets keeps downloads -> its content."""
     from tensorflow_datasets.core.download import checksums, resource
 
     from fedmetanas_jax.data import prepare
@@ -261,6 +289,8 @@ def lay(folder, name, arrays):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
         Path(f"{path}.INFO").write_text("{}")
+        prepare.ARCHIVES[url.rpartition("/")[2]] = (len(content), hashlib.sha256(content).hexdigest())
+        return content
 
     if name == "mnist":
         for split, stem in builder.FILES.items():
@@ -268,7 +298,7 @@ def lay(folder, name, arrays):
             labels = arrays[f"{split}_labels"].astype(np.uint8).tobytes()
             put(f"{builder.URL}{stem}-images-idx3-ubyte.gz", gzip.compress(bytes(16) + pixels))
             put(f"{builder.URL}{stem}-labels-idx1-ubyte.gz", gzip.compress(bytes(8) + labels))
-        return
+        return None
     files = {file: "\n".join(names_of(classes)) + "\n\n" for classes, file in builder.LABELS.values()}
     files = {file: text.encode() for file, text in files.items()}
     for split, members in builder.FILES.items():
@@ -283,7 +313,7 @@ def lay(folder, name, arrays):
             info = tarfile.TarInfo(f"{builder.FOLDER}/{file}")
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-    put(builder.URL, buffer.getvalue())
+    return put(builder.URL, buffer.getvalue())
 
 
 def names_of(classes):
@@ -348,12 +378,72 @@ def test_records_only_tensorflow_can_read_are_refused(tmp_path, small_official):
     assert f"{info.parent} is in a format that only TensorFlow reads" in refusal("mnist", tmp_path)
 
 
-def test_damaged_archive_is_refused(tmp_path, small_official):
-    lay(tmp_path, "cifar10", toy(20, 4, 10, (32, 32, 3)))
+def test_damaged_archive_is_named_and_removed(tmp_path, small_official):
+    whole = lay(tmp_path, "cifar10", toy(20, 4, 10, (32, 32, 3)))
     (archive,) = (tmp_path / "downloads" / "cifar10").glob("*.tar.gz")
-    archive.write_bytes(archive.read_bytes()[:5000])
-    assert "give tensorflow-datasets a network or its archives (" in refusal("cifar10", tmp_path)
+    archive.write_bytes(whole[:5000])
+    message = refusal("cifar10", tmp_path)
+    assert message.startswith(f"{archive}, from https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz, has 5000")
+    assert f"the official file has {len(whole)} and SHA-256" in message
+    assert message.endswith("it is removed: the same command fetches it again")
+    assert list(archive.parent.iterdir()) == []
     assert not (tmp_path / "cifar10.npz").exists()
+
+
+def test_what_somebody_has_put_into_manual_is_named_and_stays(tmp_path):
+    theirs = tmp_path / "downloads/manual/cifar-10-binary.tar.gz"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_bytes(b"half")
+    message = refusal("cifar10", tmp_path)
+    assert f"{theirs}, from" in message
+    assert message.endswith("put the right one there, or remove it: then it is fetched")
+    assert theirs.read_bytes() == b"half"
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """What any address answers, with status 200 and no word of its length: {"content": bytes}."""
+    from tensorflow_datasets.core.download import downloader
+
+    answer = {}
+
+    @contextlib.contextmanager
+    def opened(url, **_):
+        yield types.SimpleNamespace(url=url, headers={}), [answer["content"]]
+
+    monkeypatch.setattr(downloader, "_open_url", opened)
+    return answer
+
+
+def test_half_an_archive_or_a_page_is_not_kept(tmp_path, monkeypatch, small_official, served):
+    from fedmetanas_jax.data import prepare
+
+    arrays = toy(20, 4, 10, (32, 32, 3))
+    whole = lay(tmp_path / "elsewhere", "cifar10", arrays)
+    official = prepare.Cifar10.URL
+    monkeypatch.setattr(prepare.Cifar10, "URL", "http://mirror/cifar-10-binary.tar.gz")  # not in tensorflow-datasets
+    changed = whole[:-1] + bytes([whole[-1] ^ 1])
+    for bad, said in [(whole[: len(whole) // 2], "bytes; the"), (b"<html>", "6 bytes; the"), (changed, "another SHA")]:
+        served["content"] = bad
+        message = refusal("cifar10", tmp_path)
+        assert "from http://mirror/cifar-10-binary.tar.gz, has" in message
+        assert said in message
+        assert list((tmp_path / "downloads/cifar10").iterdir()) == []
+    served["content"] = whole
+    np.testing.assert_array_equal(sources.load("cifar10", tmp_path).train_images, arrays["train_images"])
+    monkeypatch.setattr(prepare.Cifar10, "URL", official)
+    served["content"] = b"<html>"  # which tensorflow-datasets refuses by itself, and keeps
+    assert f"from {official}, has 6 bytes; the official file has" in refusal("cifar10", tmp_path / "other")
+    assert list((tmp_path / "other/downloads/cifar10").iterdir()) == []
+
+
+def test_no_progress_bar_is_written_into_a_file(tmp_path, small_official, capsys):
+    import tensorflow_datasets as tfds
+
+    tfds.enable_progress_bar()
+    lay(tmp_path, "mnist", toy(20, 4, 10, (28, 28, 1)))
+    sources.load("mnist", tmp_path)
+    assert capsys.readouterr().err.count("\r") == 0
 
 
 REAL = sources.data_dir() / "cifar10.npz"

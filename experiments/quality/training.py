@@ -19,7 +19,7 @@ from fedmetanas_jax import build, tree
 from fedmetanas_jax.algorithms.fedrandom import fedrandom
 from fedmetanas_jax.config import Config, validate
 from fedmetanas_jax.core import Algorithm, FederatedData, Plan, Reply, RoundState, SearchSpace, Setting, Tree
-from fedmetanas_jax.data import federated, sources
+from fedmetanas_jax.data import sources
 from fedmetanas_jax.data.augment import augmenter
 from fedmetanas_jax.engine.programs import Conduct, Programs
 from fedmetanas_jax.engine.round import cohort, init_state, make_round, map_some, stream_key
@@ -53,7 +53,7 @@ def federation(config: Config, data_dir: str | None) -> Federation:
     space = build.make_phases(config, dataset)[1].space
     mean, _ = sources.mean_std(config.dataset, dataset)
     setting = build.make_setting(config, augmenter(config.augment, mean=mean), searching=True)
-    data = federated.federate(dataset, build.deal(config, dataset, 1))
+    data = build.federate(config, dataset, build.deal(config, dataset, 1))
     whole = fedrandom(space, setting)[0].make(masks.full_plan(space.graph))
     start = init_state(whole, config.seed, config.clients)
     server, _ = jax.jit(whole.init)(stream_key(config.seed, "phase", 1))

@@ -8,25 +8,26 @@ from fedmetanas_jax.data.partition import Partition
 from fedmetanas_jax.data.sources import Dataset
 
 
-def federate(dataset: Dataset, parts: Partition) -> FederatedData:
+def federate(dataset: Dataset, parts: Partition, least: tuple[int, int] = (0, 0)) -> FederatedData:
     """The pool is all training images, then all test images, as uint8; every client's rows point into it.
 
     Clients may share images, so rows cost far less than copies: 0.5 MB for 100 clients of 1,200 images.
-    Clients with fewer rows than the longest repeat their own from the start; `train_size`, `test_size` tell.
+    Clients with fewer rows than the longest, or than `least` (of training and test rows), repeat their own from the
+    start; `train_size`, `test_size` tell. With the same lengths two federations run the same compiled programs.
     """
     offset = len(dataset.train_images)
     pool = offset + len(dataset.test_images)
     return FederatedData(
         image=jnp.asarray(np.concatenate([dataset.train_images, dataset.test_images])),
         label=jnp.asarray(np.concatenate([dataset.train_labels, dataset.test_labels]), jnp.int32),
-        train=_padded(parts.train, 0),
+        train=_padded(parts.train, 0, least[0]),
         train_size=jnp.asarray([len(rows) for rows in parts.train], jnp.int32),
-        test=_padded(parts.test, offset),
+        test=_padded(parts.test, offset, least[1]),
         test_size=jnp.asarray([len(rows) for rows in parts.test], jnp.int32),
         central=jnp.arange(offset, pool, dtype=jnp.int32),
     )
 
 
-def _padded(rows: list[np.ndarray], offset: int):
-    longest = max(len(own) for own in rows)
+def _padded(rows: list[np.ndarray], offset: int, least: int):
+    longest = max(least, *(len(own) for own in rows))
     return jnp.asarray(np.stack([np.resize(own, longest) for own in rows]) + offset, jnp.int32)

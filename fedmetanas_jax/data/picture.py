@@ -3,18 +3,41 @@
 from pathlib import Path
 
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.figure import Figure  # not pyplot: no window, no global state
+
+from fedmetanas_jax.options import brief
+
+LONGEST = 20  # characters of a name beside the axis; more would leave the picture no room
 
 
 def draw(histogram: np.ndarray, label_names: tuple[str, ...], path: Path) -> None:
     """Writes `histogram` [clients, classes] as shares of each client's images, to a .png or .svg."""
+    figure_of(histogram, label_names).savefig(path, dpi=120)
+
+
+def figure_of(histogram: np.ndarray, label_names: tuple[str, ...]) -> Figure:
+    """The picture as a matplotlib figure."""
     clients, classes = histogram.shape
-    figure = Figure(figsize=(min(3 + 0.35 * classes, 12), min(2 + 0.12 * clients, 12)), layout="constrained")
+    names = legible(label_names) if classes <= 30 else []  # more than that cannot be read side by side
+    height = 2 + 0.12 * clients + 0.09 * max(0, max(map(len, names), default=0) - 8)
+    figure = Figure(figsize=(min(3 + 0.35 * classes, 12), min(height, 12)), layout="constrained")
     axes = figure.subplots()
     share = histogram / histogram.sum(axis=1, keepdims=True)
     picture = axes.imshow(share, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     axes.set(xlabel="class", ylabel="client", title=f"{clients} clients, {classes} classes")
-    if classes <= 30:  # more names than that cannot be read side by side
-        axes.set_xticks(range(classes), label_names, rotation=90)
+    if names:  # which are anybody's: a dollar in them begins no formula
+        axes.set_xticks(range(classes), names, rotation=90, parse_math=False)
     figure.colorbar(picture, label="share of the client's images")
-    figure.savefig(path, dpi=120)
+    return figure
+
+
+def legible(label_names: tuple[str, ...]) -> list[str]:
+    """The names, cut where they are long; 'label 3' in place of an empty one, and of one with a character that the font
+    lacks, which would be drawn as a box."""
+    there = font_manager.get_font(font_manager.findfont(font_manager.FontProperties())).get_charmap()
+    names = [brief(name, LONGEST) for name in label_names]
+    return [
+        name if name.strip() and all(ord(letter) in there for letter in name) else f"label {label}"
+        for label, name in enumerate(names)
+    ]

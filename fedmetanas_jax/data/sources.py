@@ -59,10 +59,22 @@ OFFICIAL = {
 }
 
 
+def cache(name: str) -> Path:
+    """~/.cache/fedmetanas_jax/NAME; where nobody has given the user a home, as in containers, the current folder stands
+    for it. What is kept in it is said with its path."""
+    try:
+        home = Path.home()
+    except RuntimeError:
+        home = Path.cwd()
+    return home / ".cache/fedmetanas_jax" / name
+
+
 def data_dir(flag: str | None = None) -> Path:
-    """The folder of data sets: `flag`, else $FEDMETANAS_DATA, else ~/.cache/fedmetanas_jax/data. DataError for what
-    can be no folder's name."""
-    chosen = flag or os.environ.get("FEDMETANAS_DATA") or "~/.cache/fedmetanas_jax/data"
+    """The folder of data sets: `flag`, else $FEDMETANAS_DATA, else the cache's data. DataError for what can be no
+    folder's name."""
+    chosen = flag or os.environ.get("FEDMETANAS_DATA")
+    if not chosen:
+        return cache("data")
     try:
         return parse_path("data_dir" if flag else "FEDMETANAS_DATA", chosen)
     except UsageError as error:
@@ -111,8 +123,15 @@ def load(name: str, data_dir: Path) -> Dataset:
 
 
 def without_images(dataset: Dataset) -> list[str]:
-    """One line for each split that lacks images of some classes; the network has outputs for these all the same."""
+    """One line for each split that lacks images of some classes; the network has outputs for these all the same. One
+    more where nothing but labels that are counted from 1 speaks for a class 0."""
     lines, classes = [], len(dataset.label_names)
+    first = min(dataset.train_labels.min(), dataset.test_labels.min())
+    if first > 0 and dataset.label_names == tuple(map(str, range(classes))):
+        lines.append(
+            f"labels are {first} to {classes - 1}, and 0 is a class too; subtract {first} from them unless it is meant "
+            "to be one"
+        )
     for split, labels in (("training", dataset.train_labels), ("test", dataset.test_labels)):
         empty = np.flatnonzero(np.bincount(labels, minlength=classes) == 0)
         if len(empty):
@@ -234,15 +253,16 @@ def _make(name: str, path: Path, official: Official, damage: str) -> Dataset:
         from fedmetanas_jax.data import prepare
 
         _log.warning("%s: preparing it once with tensorflow-datasets in %s", name, path.parent)
-        path.parent.mkdir(parents=True, exist_ok=True)
         arrays = prepare.arrays(name, path.parent)
         dataset = _checked(f"{name} as prepared in {path.parent / name}", arrays, official)
-        _write(path, arrays)
+        write(path, arrays)
     except ImportError as error:
         raise DataError(
             f"{looked}; put the .npz there, or let tensorflow-datasets fetch it: "
             f"pip install 'fedmetanas_jax[data]' ({_one_line(error)})"
         ) from error
+    except DataError as error:  # an archive, or what came of it, that is not the official one
+        raise DataError(f"{damage}{error}") from error
     except Exception as error:  # of the http client, an archive or the file system: any means no data
         raise DataError(
             f"{looked}; put the .npz there, or give tensorflow-datasets a network or its archives "
@@ -251,8 +271,9 @@ def _make(name: str, path: Path, official: Official, damage: str) -> Dataset:
     return dataset
 
 
-def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes under another name first, so that `path` is never half a file."""
+def write(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Makes an .npz. It is written under another name first, so that `path` is never half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(unfinished, "wb") as file:

@@ -1,14 +1,18 @@
 """A run's claim to its workdir: one process at a time and, from the first checkpoint on, one config."""
 
-import fcntl
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # of Windows; said where a workdir is to be locked
+    fcntl = None
+
 from fedmetanas_jax.engine import checkpoint
 from fedmetanas_jax.engine.identity import differences, fixed
-from fedmetanas_jax.engine.records import RECORDS, WorkdirError, versions
+from fedmetanas_jax.engine.records import RECORDS, InUseError, WorkdirError, versions
 from fedmetanas_jax.files import beside, to_json, write_json
 
 CONFIG, LOCK, RESULT, CHECKPOINTS = "config.json", ".lock", "result.json", "checkpoints"
@@ -51,9 +55,11 @@ def claim(
     which say how a run is run and not what it is. What differs in those and in the versions is said, because then the
     last bits may differ too. Where no checkpoint was reached, any config may begin anew.
 
-    WorkdirError: `workdir` is a file, cannot be written, is in use, belongs to another config, or has files that are
-    no run's that could go on.
+    WorkdirError: `workdir` is a file, cannot be written, is in use (InUseError), belongs to another config, or has
+    files that are no run's that could go on; or the system has no locks.
     """
+    if fcntl is None:
+        raise WorkdirError("Linux and macOS only: this system has no fcntl, with which a run locks its workdir")
     workdir = Path(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -76,7 +82,7 @@ def _hold(workdir: Path, lock) -> None:
     except BlockingIOError:
         lock.seek(0)
         owner = lock.read().strip() or "unknown"
-        raise WorkdirError(f"workdir {workdir} is in use by another run (process {owner})") from None
+        raise InUseError(f"workdir {workdir} is in use by another run (process {owner})") from None
     except OSError as error:
         raise WorkdirError(f"cannot lock workdir {workdir}: {error.strerror}") from None
     lock.truncate(0)

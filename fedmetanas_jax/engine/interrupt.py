@@ -9,9 +9,10 @@ import signal
 import threading
 from collections.abc import Iterator
 
-DEFAULTS = {
-    signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL
-}  # fmt: skip
+DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+HANGUP = getattr(signal, "SIGHUP", None)  # which Windows lacks
+if HANGUP is not None:
+    DEFAULTS[HANGUP] = signal.SIG_DFL
 MESSAGE = b"stopping after this round; Ctrl-C again stops at once (back to the last checkpoint)\n"
 
 
@@ -32,7 +33,7 @@ class Interrupt:
 
     def ask(self, number: int, _) -> None:
         """The handler."""
-        if number == signal.SIGHUP:  # every further line on the terminal would be an error
+        if number == HANGUP:  # every further line on the terminal would be an error
             for terminal in self._terminals:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
         if self.signal is None:

@@ -23,6 +23,10 @@ class WorkdirError(Exception):
     """The workdir cannot be used for this run. The message is one line for the user."""
 
 
+class InUseError(WorkdirError):
+    """Another process is at work in it."""
+
+
 def append(path: str | Path, record: dict) -> None:
     """Adds one line; on return it is on the disk. A record that was torn before must be truncated first."""
     with open(path, "ab") as file:
