@@ -8,9 +8,9 @@ the network the method gives them (mean local accuracy) is then run on --seeds. 
 What is equal is --equal. image_gradients: a method whose first round costs more of them than FedAvg's gets fewer
 rounds, so that all methods compute the same number (methods section 12.3). rounds: all have those of the task. macs:
 all have about the multiply-adds of the first of --methods, as a run of each on --tune_seed with the rounds of the task
-counts them; schedules are shares of the rounds, so twice the rounds are about twice the work. Each run has a workdir of
-its own below --workdir: what is finished is not run again, and what was interrupted goes on. Leaves OUT.json (every
-run's figures) and OUT.md (the table).
+counts them; schedules are shares of the rounds, so twice the rounds are about twice the work. The runs are a study like
+that of tables.py in --workdir: what is finished is not run again, what was interrupted goes on, and the same command
+may be started several times to share the work. Leaves OUT.json (every run's figures) and OUT.md (the table).
 
 Flags of main.py (--config, --config.FIELD, --config.options.NAME, --data_dir) hold for all runs; exit status as there.
 """
@@ -18,7 +18,7 @@ Flags of main.py (--config, --config.FIELD, --config.options.NAME, --data_dir) h
 import json
 import shlex
 import sys
-from pathlib import Path
+from functools import partial
 from typing import Literal
 
 import command
@@ -39,7 +39,7 @@ OWN = {
     "options": Flag(tuple[str, ...], (), "knobs of single methods: METHOD.NAME=VALUE, separated by commas"),
     "equal": Flag(Literal["image_gradients", "rounds", "macs"], "image_gradients", "what all methods have alike"),
     "out": Flag(str, None, "what the table and the figures are called: OUT.md, OUT.json; required"),
-    "workdir": Flag(str, "runs/compare", "where the runs are kept"),
+    "workdir": Flag(str, "runs/compare", "the study, as of tables.py, that the runs are in"),
 } | {name: flag for name, flag in FLAGS.items() if name not in ("workdir", "stop_after")}
 
 
@@ -109,57 +109,33 @@ def compare(argv: list[str], asked: Parsed) -> None:
 
 
 def image_gradients(config: Config, data_dir: str | None) -> float:
-    """Image-gradients of a round of the method, averaged over clients."""
-    import jax
-    import jax.numpy as jnp
+    """Image-gradients of a round of the method's first phase, averaged over clients."""
+    from study import expect
 
     from fedmetanas_jax import build
-    from fedmetanas_jax.engine.round import state_shapes, train_examples
 
-    algorithm, data = build.without_a_run(config, data_dir)
-    state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state_shapes(algorithm, 1))
-    own, key = jax.tree.map(lambda x: x[0], state.owns), jax.random.key(0)
-
-    @jax.jit
-    def count(client):  # no training is left in this program: the number depends on the rows alone
-        message = algorithm.send(state.server, client, key)
-        reply = algorithm.client_update(message, own, train_examples(data, client), key)
-        return reply.metrics["image_gradients"]
-
-    return config.cohort * float(np.mean([count(client) for client in range(config.clients)]))
+    return expect.image_gradients(config, *build.without_a_run(config, data_dir))
 
 
 def one_run(argv: list[str], fields: dict) -> dict:
-    """The result.json of the run with these fields, which is begun, resumed or, if it is finished, read; `argv` says
-    the method."""
-    import jax
+    """The result.json of the run with these fields, with its "largest_drop" if it pruned: the most server accuracy
+    that this cost at any moment. It is begun, resumed or, if it is finished, read; `argv` says the method."""
+    from study import plan, worker
 
-    from fedmetanas_jax import build
+    from fedmetanas_jax.engine.records import WorkdirError
 
     asked = parse([*argv, *(f"--config.{name}={value}" for name, value in fields.items())], OWN)
-    numbers = f"lr{fields['lr']:g}-rounds{fields['rounds']}-seed{fields['seed']}"
-    workdir = asked.workdir / f"{asked.task}-{asked.config.method}-{numbers}"
-    result, config = workdir / "result.json", json.loads(json.dumps(to_dict(asked.config)))
-    if result.exists() and json.loads((workdir / "config.json").read_text())["config"] == config:
-        return with_drop(workdir)
-    said = ", ".join(f"{name} {value}" for name, value in fields.items())
-    print(f"--- {asked.config.method}, {said}", flush=True)
-    build.run(asked.config, task=asked.task, workdir=workdir, data_dir=asked.data_dir)
-    jax.clear_caches()
-    return with_drop(workdir)
-
-
-def with_drop(workdir: Path) -> dict:
-    """The result.json of a run and, of one that pruned, "largest_drop": the most server accuracy that pruning cost at
-    any moment; of FedNAS what it would cost the supernet."""
-    from fedmetanas_jax.engine import records
-
-    result, lines = json.loads((workdir / "result.json").read_text()), records.read(workdir / "records.jsonl")
-    sides = [(line.get("event_accuracy_before"), line.get("event_accuracy_after")) for line in lines]
-    if "search" in result:
-        sides = [tuple(result["search"].get(name) for name in ("server_accuracy", "server_accuracy_discrete"))]
-    drops = [before - after for before, after in sides if None not in (before, after)]
-    return result | ({"largest_drop": max(drops)} if drops else {})
+    study, method = worker.Study(asked.workdir), asked.config.method
+    run = plan.Run(plan.name_of(method, asked.task, asked.config), method, asked.task, asked.config)
+    study.forgive(run)
+    worker.work(study, [run], asked.data_dir, partial(print, flush=True))
+    if failed := study.failure(run):
+        raise WorkdirError(failed["error"])
+    result, drop = (
+        json.loads((study.workdir(run) / "result.json").read_text()),
+        study.finished(run)["figures"]["largest_drop"],
+    )
+    return result | ({} if drop is None else {"largest_drop": drop})
 
 
 # Of a run's result: the column's head, the figure's place, and whether its spread over seeds is shown.

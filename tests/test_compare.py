@@ -4,6 +4,8 @@ import json
 
 import compare
 import pytest
+import toy_study
+from study import worker
 
 
 @pytest.mark.parametrize(
@@ -84,16 +86,25 @@ def test_a_figure_that_does_not_exist_is_a_dash():
     assert cells[3:6] == ["-", "-", "80.0 +- 0.0"]
 
 
-def test_the_largest_drop_is_that_of_the_costliest_event_or_of_pruning_fednas(tmp_path):
-    lines = [{"round": 1}, {"round": 2, "event_accuracy_before": 0.5, "event_accuracy_after": 0.45}]
-    lines += [{"round": 3, "event_accuracy_before": 0.5, "event_accuracy_after": 0.52}]
-    (tmp_path / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for result, drop in (
-        ({}, 0.05),
-        ({"search": {"server_accuracy": 0.7, "server_accuracy_discrete": 0.4}}, 0.3),
-    ):
-        (tmp_path / "result.json").write_text(json.dumps(result))
-        assert compare.with_drop(tmp_path)["largest_drop"] == pytest.approx(drop)
-    (tmp_path / "records.jsonl").write_text('{"round": 1}\n')
-    (tmp_path / "result.json").write_text("{}")
-    assert compare.with_drop(tmp_path) == {}
+def test_runs_are_those_of_a_study(tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def run(config, *, task, **how):
+        ran.append((config.method, config.lr, config.seed))
+        toy_study.run(config, task=task, **how)
+
+    monkeypatch.setattr(worker.build, "run", run)
+    line = ["compare.py", "--methods=fedavg,fedrep", "--equal=rounds", "--rates=0.1,0.2", "--seeds=1,2"]
+    line += ["--config.rounds=3", f"--workdir={tmp_path / 'study'}", f"--out={tmp_path / 'out'}"]
+    monkeypatch.setattr(compare, "markdown", lambda figures: "the table")
+    assert compare.main(line) == 0
+    # Both rates do equally well, so the first is taken.
+    wanted = ((0.1, 0), (0.2, 0), (0.1, 1), (0.1, 2))
+    assert ran == [(name, *run) for name in ("fedavg", "fedrep") for run in wanted]
+    rows = json.loads((tmp_path / "out.json").read_text())["methods"]
+    assert [row["runs"]["2"]["server_accuracy"] for row in rows] == pytest.approx([0.523, 0.623])
+    assert compare.main(line) == 0
+    assert len(ran) == 8  # all were finished
+    monkeypatch.setattr(worker.build, "run", lambda config, **how: 1 / 0)
+    assert compare.main([*line, "--config.rounds=4"]) == 1
+    assert "ZeroDivisionError" in capsys.readouterr().err

@@ -1,0 +1,74 @@
+"""At which size the paper's tables are made: paper, cpu, minutes. Imports no jax."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from fedmetanas_jax.config import Config
+from fedmetanas_jax.tasks import TASKS
+from study.paper import TABLES
+
+
+class Scale(NamedTuple):
+    """The size of a study."""
+
+    about: str  # what it shows, and what not
+    seeds: tuple[int, ...]
+    base: Config
+    datasets: dict[str, dict[str, Any]]  # {dataset: fields that differ from base}
+    methods: dict[str, dict[str, Any]]  # {method: fields and options of its own}
+    stands_for: dict[str, str]  # {dataset of the paper: the one that takes its place}, {} where none does
+
+    def fields(self, dataset: str) -> dict[str, Any]:
+        """What differs from `base` for a data set."""
+        return self.datasets.get(dataset, {})
+
+    def columns(self, table: int) -> tuple[str, ...]:
+        """The columns of a table; one of a data set that this scale does not have is left out."""
+        found = TABLES[table].columns
+        if self.stands_for:
+            pairs = (column.partition(":") for column in found)
+            found = tuple(f"{self.stands_for[of]}:{split}" for of, _, split in pairs if of in self.stands_for)
+        return found
+
+
+SEARCHING = ("fedmetanas", "fednas", "fedpnas", "metafedpnas")  # those whose logits learn by a rate
+TRAVEL = {method: {"travel": 60.0} for method in SEARCHING}  # what the tasks of digits have; nas/schedule.py
+# Of 0.01, 0.025 and 0.1 on a seed that is not measured, 0.1 was best for all of them (results/cifar10_conventional.md),
+# and 0.1 or 0.3 on digits.
+FIXED = ("fedavg", "fedprox", "scaffold", "ditto", "perfedavg", "fedrep", "fedbabu")
+RATES = {method: {"lr": 0.1} for method in FIXED}
+
+SCALES = {
+    "paper": Scale(
+        about="As printed: 100 clients, 5 of them a round, 5 epochs, 1,000 rounds, 16 channels and 8 cells, "
+        "MobileNetV3-Large; every method with the paper-sized tasks' rate of 0.025. Wants a GPU.",
+        seeds=(1, 2, 3, 4, 5),
+        base=Config(),
+        datasets={"mnist": {"augment": ()}},
+        methods={},
+        stands_for={},
+    ),
+    "cpu": Scale(
+        about="The paper's data and splits at the size of cifar10_small: 20 clients, 6 of them a round, one epoch, 150 "
+        "rounds, 12 channels and 3 cells of 2 nodes, the tiny MobileNetV3. It shows how methods compare early in "
+        "training on real images, and what pruning costs. Accuracies are far below the paper's: what they differ by "
+        "says how far a small network gets, not whether a method was reproduced.",
+        seeds=(1, 2, 3),
+        base=dataclasses.replace(TASKS["cifar10_small"](), devices=1),
+        datasets={"mnist": {"augment": ()}},
+        methods=RATES,
+        stands_for={},
+    ),
+    "minutes": Scale(
+        about="The bundled digits (8 x 8, 10 classes) in place of CIFAR-10; CIFAR-100 and MNIST have no stand-in. 10 "
+        "clients, 5 of them a round, 2 epochs, 40 rounds, 8 channels and 3 cells of 2 nodes, the tiny MobileNetV3. It "
+        "shows that every method trains, and what pruning costs. One image is 0.28 points, seeds differ by several "
+        "points, and random networks do as well as those that are searched for (docs/results.md): it does not rank "
+        "searches.",
+        seeds=(1, 2, 3, 4, 5),
+        base=dataclasses.replace(TASKS["digits_dir01"](), rounds=40, epochs=2, at_once=1, options={}),
+        datasets={},
+        methods=TRAVEL | RATES,
+        stands_for={"cifar10": "digits"},
+    ),
+}

@@ -1,0 +1,183 @@
+"""Works through the runs of a study: takes one that nobody has, runs or resumes it, takes the next.
+
+As many processes as one likes may do so, on any machines that share the folder. A run that fails is noted in
+failed/ and does not stop the rest; a run whose files are damaged is set aside and begun anew. Seeds of a
+method share their programs through JAX's compilation cache, so a process stays with a method while it can.
+"""
+
+import _thread
+import json
+import signal
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from fedmetanas_jax import build
+from fedmetanas_jax.config import to_dict
+from fedmetanas_jax.engine.checkpoint import CheckpointError
+from fedmetanas_jax.engine.records import RECORDS, InUseError, WorkdirError
+from fedmetanas_jax.files import beside, to_json, write_json
+from fedmetanas_jax.options import UsageError
+from study.claims import Claims
+from study.outcome import outcome
+from study.plan import Run
+
+DEATHS = 5  # processes that may die on a run, as for want of memory, before it counts as failed
+POLL = 2.0  # seconds between looks at what others do
+
+
+class Study:
+    """A folder of runs."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.claims = Claims(path / "claims")
+
+    def workdir(self, run: Run) -> Path:
+        """Where a run leaves its files."""
+        return self.path / "runs" / run.name
+
+    def failure(self, run: Run) -> dict | None:
+        """Why a run failed: {"error", "host", "when", "traceback"}."""
+        return _json(self.path / "failed" / f"{run.name}.json")
+
+    def forgive(self, run: Run) -> None:
+        """Lets a run that failed be tried again."""
+        (self.path / "failed" / f"{run.name}.json").unlink(missing_ok=True)
+
+    def finished(self, run: Run) -> dict | None:
+        """Its outcome; None also where its files are damaged."""
+        try:
+            return outcome(run, self.workdir(run))
+        except UsageError:
+            return None
+
+    def spent(self, run: Run) -> float | None:
+        """Seconds, compiling and evaluating included, that processes worked on it, but for those that were killed."""
+        return (_json(self.path / "spent" / f"{run.name}.json") or {}).get("seconds")
+
+    def rounds(self, run: Run) -> int:
+        """How far it is."""
+        try:
+            return (self.workdir(run) / RECORDS).read_bytes().count(b"\n")
+        except OSError:
+            return 0
+
+
+class Done(NamedTuple):
+    """What a call of `work` came to."""
+
+    finished: list[str]
+    failed: list[str]
+
+
+def work(study: Study, runs: list[Run], data_dir: str | None, say: Callable[[str], None], wait: bool = True) -> Done:
+    """Works until none of `runs` is left; with `wait` also until other processes have finished theirs.
+
+    Raises KeyboardInterrupt, after Ctrl-C or SIGTERM, with the run at hand saved and free for others.
+    """
+    last, finished, failed, said = None, [], [], False
+    done: set[str] = set()
+    while True:
+        done |= {run.name for run in runs if run.name not in done and study.finished(run)}
+        left = [run for run in runs if run.name not in done and not study.failure(run)]
+        held = study.claims.held()
+        free = [run for run in left if run.name not in held]
+        busy = {_program(run) for run in left if run.name in held}
+        # What this process has programs for; then what nobody is compiling at the moment.
+        free.sort(key=lambda run: (_program(run) != last, _program(run) in busy))
+        for run in free:
+            with _taken(study, run) as claim:
+                if claim is None or study.finished(run) or study.failure(run):
+                    continue
+                say(f"--- {run.name} ({len(done)} of {len(runs)} done)")
+                if _one(study, run, claim, data_dir, say):
+                    finished.append(run.name)
+                elif study.failure(run):
+                    failed.append(run.name)
+            last, said = _program(run), False
+            break
+        else:
+            if not left or not wait:
+                return Done(finished, failed)
+            if not said:
+                say(f"waiting for {len(left)} runs that other processes have")
+                said = True
+            time.sleep(POLL)
+
+
+class _taken:
+    """`with` a claim, or None where somebody was faster."""
+
+    def __init__(self, study: Study, run: Run):
+        self._claim = study.claims.take(run.name, lost=lambda: _thread.interrupt_main(signal.SIGTERM))
+
+    def __enter__(self):
+        return self._claim
+
+    def __exit__(self, *_) -> None:
+        if self._claim is not None:
+            self._claim.release()
+
+
+def _one(study: Study, run: Run, claim, data_dir: str | None, say: Callable[[str], None]) -> bool:
+    """Whether the run is finished; else it is noted as failed, or somebody else's now."""
+    if claim.deaths >= DEATHS:
+        _note(study, run, f"{claim.deaths} processes died on it; for want of memory?")
+        return False
+    try:
+        for attempt in (1, 2):
+            clock = time.perf_counter()
+            try:
+                build.run(run.config, task=run.name, workdir=study.workdir(run), data_dir=data_dir)
+                break
+            except InUseError as error:  # by a process whose claim is void, on a machine that cannot be asked
+                say(f"{error}; leaving it alone")
+                time.sleep(POLL)
+                return False
+            except (WorkdirError, CheckpointError) as error:
+                if attempt == 2 or isinstance(error.__cause__, OSError) or not study.workdir(run).is_dir():
+                    raise
+                aside = beside(study.path / "set_aside" / run.name)
+                aside.parent.mkdir(exist_ok=True)
+                study.workdir(run).rename(aside)
+                say(f"{' '.join(str(error).split())}; its files are in {aside} now, and it begins anew")
+            finally:
+                seconds = (study.spent(run) or 0.0) + time.perf_counter() - clock
+                write_json(study.path / "spent" / f"{run.name}.json", {"seconds": seconds})
+                jax.clear_caches()
+        outcome(run, study.workdir(run))  # what is finished can be read
+        return True
+    except KeyboardInterrupt:
+        if not claim.lost:
+            raise
+        say(f"{run.name} was taken over by another process while this one slept")
+        return False
+    except Exception as error:  # whatever it is, the other runs have a right to go on
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        _note(study, run, said, "" if isinstance(error, build.FAILURES) else traceback.format_exc())
+        say(f"{run.name} failed: {said}")
+        return False
+
+
+def _note(study: Study, run: Run, error: str, trace: str = "") -> None:
+    when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    said = {"error": error, "host": socket.gethostname(), "when": when, "traceback": trace}
+    write_json(study.path / "failed" / f"{run.name}.json", said)
+
+
+def _program(run: Run) -> str:
+    """Runs that differ in their seed alone compile the same."""
+    return to_json(to_dict(run.config) | {"seed": None})
+
+
+def _json(path: Path) -> dict | None:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
