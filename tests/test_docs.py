@@ -133,7 +133,10 @@ def test_the_library_example_runs(tmp_path):
     readme = (ROOT / "README.md").read_text()
     example = re.search(r"<!-- library example -->\n```python\n(.*?)```", readme, flags=re.S)[1]
     assert len(example.splitlines()) <= 25
+    # Without the local accuracies at the end, whose programs take as long to compile as all the rest.
+    example = example.replace("workdir=", "final_adapt=False, workdir=", 1)
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert 0.3 < float(done.stdout.removeprefix("accuracy ")) <= 1  # chance is 0.1
+    said = [line for line in done.stdout.splitlines() if line.startswith("accuracy ")]
+    assert 0.3 < float(said[0].removeprefix("accuracy ")) <= 1  # chance is 0.1
