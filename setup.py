@@ -16,6 +16,7 @@ setup(
         "chex>=0.1.92",
         "orbax-checkpoint>=0.12.8",
         "numpy>=2.0",
+        "scipy>=1.15",
         "absl-py>=2.5",
         "matplotlib>=3.10",
         "pillow>=11",

@@ -53,6 +53,7 @@ def document(row="fednas", label="FedNAS", values=None):
     pair = {"column": "digits:dir0.1", "figure": "server", "row": row, "against": row, "n": 5, "mean": 0.02}
     return {
         "table": 2, "title": "Searches", "scale": "minutes", "about": "Small.", "command": "python tables.py",
+        "overrides": {},
         "columns": [{"key": "digits:dir0.1", "head": "digits, Dirichlet 0.1"}], "figures": ["server"], "versions": [],
         "rows": [{"row": row, "label": label}], "cells": [cell | {"difference": {"server": 0.69} if values else None}],
         "pairs": [

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from study.tables import Request, label
+from study.paper import label
+from study.tables import Request
 from study.worker import Study
 
 # Okabe and Ito's, which colour-blind readers can tell apart.

@@ -9,7 +9,7 @@ from pathlib import Path
 from fedmetanas_jax.files import to_json
 from study import columns, page_curves, page_pictures, page_tables
 from study.page_text import ACCURACIES, COSTS, details, element, escape, head, number, table
-from study.paper import LABELS
+from study.paper import label
 
 HERE = Path(__file__).parent
 LARGEST = 4_800_000  # bytes of the page, if pictures can keep it below
@@ -37,7 +37,7 @@ def html(title: str, tables: list[dict], runs: list[dict], facts: dict) -> str:
     heads = {column["key"]: column["head"] for document in tables for column in document["columns"]}
     for run in runs:
         if run["row"] not in labels:  # a table that is not there any more
-            labels[run["row"]] = _label(run["row"])
+            labels[run["row"]] = label(run["row"])
         heads.setdefault(run["column"], columns.head(run["column"]))
     runs = sorted(runs, key=lambda run: ([*heads].index(run["column"]), [*labels].index(run["row"]), run["seed"]))
     groups = {
@@ -85,11 +85,6 @@ def html(title: str, tables: list[dict], runs: list[dict], facts: dict) -> str:
 def _part(key: str, name: str, about: str, inside: str) -> str:
     said = element("p", escape(about), class_="note") if about else ""
     return element("section", element("h2", name), said, inside, id=key)
-
-
-def _label(row: str) -> str:
-    method, *assignments = row.split("+")
-    return ", ".join([LABELS.get(method, method), *assignments])
 
 
 def _file(name: str) -> str:

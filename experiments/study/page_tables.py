@@ -9,6 +9,7 @@ from study.page_text import (
     escape,
     head,
     number,
+    overridden,
     quantity,
     scrolling,
     seeds,
@@ -33,7 +34,10 @@ def sections(documents: list[dict]) -> str:
 def _section(document: dict) -> str:
     name = f"Table {document['table']}"
     title = element("h3", escape(f"{name}. {document['title']}"))
-    about = element("p", escape(f"Scale {document['scale']}: {document['about']}"), class_="about")
+    said = f"Scale {document['scale']}: {document['about']}"
+    if document["overrides"]:
+        said += f" In these runs, other than said here: {overridden(document)}."
+    about = element("p", escape(said), class_="about")
     costs = details("What it cost", _grid(document, list(COSTS), f"{name}, costs", paper=False))
     command = element("p", "Made by ", element("code", escape(document["command"])), class_="command")
     main = _grid(document, document["figures"], name, paper=True)

@@ -28,6 +28,11 @@ PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3,
 NOTHING = "-"  # what is shown where there is no number
 
 
+def overridden(document: dict) -> str:
+    """The fields of a table's runs that are not the scale's."""
+    return ", ".join(f"{name}={value}" for name, value in document["overrides"].items())
+
+
 def head(figure: str) -> str:
     """What a figure is called."""
     return ACCURACIES.get(figure) or COSTS.get(figure, (figure.replace("_", " "), ""))[0]

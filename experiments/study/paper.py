@@ -15,6 +15,12 @@ LABELS = {
 }  # fmt: skip
 
 
+def label(row: str) -> str:
+    """A row of a table as a reader has it: "FedMetaNAS, M=0"."""
+    method, *assignments = row.split("+")
+    return ", ".join([LABELS.get(method, method), *assignments])
+
+
 class Table(NamedTuple):
     """A table of the paper."""
 

@@ -10,7 +10,7 @@ from fedmetanas_jax.options import UsageError
 from study import columns as column_names
 from study import plan
 from study.outcome import FIGURES
-from study.paper import LABELS, TABLES
+from study.paper import TABLES, label
 from study.plan import Run
 from study.scales import SCALES
 from study.statistics import paired, spread
@@ -89,12 +89,6 @@ def document(study: Study, request: Request) -> dict:
         "command": request.command,
         "versions": [json.loads(text) for text in sorted({json.dumps(one, sort_keys=True) for one in versions})],
     }
-
-
-def label(row: str) -> str:
-    """As a reader has it: "FedMetaNAS, M=0"."""
-    method, *assignments = row.split("+")
-    return ", ".join([LABELS.get(method, method), *assignments])
 
 
 def _cell(found: dict[int, dict | None], paper: dict | None) -> dict:

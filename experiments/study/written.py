@@ -6,19 +6,9 @@ import io
 from quality.tables import percent, table
 
 from study.outcome import FIGURES
+from study.page_text import head, overridden
 from study.paper import TABLES
 
-HEADS = {
-    "server": "server accuracy",
-    "local": "local, the network for everybody",
-    "own": "local, own network",
-    "majority": "a client's most frequent class",
-    "before": "before pruning",
-    "after": "after pruning",
-    "prune_drop": "lost by all of pruning",
-    "largest_drop": "largest loss at once",
-    "cut_at_once": "control: lost by one cut of the whole supernet",
-}
 OVER_CLIENTS = {"server": "local_std", "own": "own_std", "local": "local_std"}
 
 
@@ -26,8 +16,7 @@ def markdown(document: dict) -> str:
     """A part for every column; accuracies in percent, mean ± standard deviation over the seeds."""
     parts = [f"# Table {document['table']}. {document['title']}", document["about"]]
     if document["overrides"]:
-        said = ", ".join(f"{name}={value}" for name, value in document["overrides"].items())
-        parts.append(f"**In these runs, other than said above: {said}.**")
+        parts.append(f"**In these runs, other than said above: {overridden(document)}.**")
     for column in document["columns"]:
         cells = [cell for cell in document["cells"] if cell["column"] == column["key"]]
         parts += [f"## {column['head']}", table(*_rows(document, cells))]
@@ -47,11 +36,11 @@ def _rows(document: dict, cells: list[dict]) -> tuple[list[str], list[list[str]]
     shown = document["figures"]
     paper = [name for name in shown if any(name in (cell["paper"] or {}) for cell in cells)]
     hours = any("hours" in (cell["paper"] or {}) for cell in cells)
-    head = ["method", "seeds", *(HEADS[name] for name in shown), "± over clients", "seconds", "compiling"]
-    head += ["seconds to accuracy", "image-gradients", "10^9 multiply-adds", "MB sent", "weights"]
+    heads = ["method", "seeds", *(head(name) for name in shown), "± over clients", "seconds", "compiling"]
+    heads += ["seconds to accuracy", "image-gradients", "10^9 multiply-adds", "MB sent", "weights"]
     for name in paper:
-        head += [f"paper: {HEADS[name]}", "ours less the paper's"]
-    head += ["paper: hours"] if hours else []
+        heads += [f"paper: {head(name)}", "ours less the paper's"]
+    heads += ["paper: hours"] if hours else []
     labels = {row["row"]: row["label"] for row in document["rows"]}
     rows = []
     for cell in cells:
@@ -68,7 +57,7 @@ def _rows(document: dict, cells: list[dict]) -> tuple[list[str], list[list[str]]
             row += [f"{differs[name]:+.1f}" if name in differs else "-"]
         row += [f"{printed['hours']:g}" if "hours" in printed else "-"] if hours else []
         rows.append(row)
-    return head, rows
+    return heads, rows
 
 
 SECONDS = ("seconds", "seconds_compiling", "seconds_to_accuracy")
@@ -89,7 +78,7 @@ def _differences(document: dict) -> list[str]:
         return []
     labels = {row["row"]: row["label"] for row in document["rows"]}
     heads = {column["key"]: column["head"] for column in document["columns"]}
-    figure = HEADS[document["pairs"][0]["figure"]]
+    figure = head(document["pairs"][0]["figure"])
     rows = [
         [
             heads[pair["column"]], f"{labels[pair['row']]} less {labels[pair['against']]}", str(pair["n"]),
@@ -97,10 +86,10 @@ def _differences(document: dict) -> list[str]:
         ]
         for pair in document["pairs"]
     ]  # fmt: skip
-    head = ["split", "difference", "seeds", f"{figure}, points", "95 % of bootstrap resamples", "verdict"]
+    columns = ["split", "difference", "seeds", f"{figure}, points", "95 % of bootstrap resamples", "verdict"]
     return [
         "## Differences, seeds paired",
-        table(head, rows),
+        table(columns, rows),
         "Called better or worse only where the interval excludes zero and there are five seeds or more.",
     ]
 
