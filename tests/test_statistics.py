@@ -72,6 +72,8 @@ def test_time_to_accuracy_is_when_the_mean_of_twenty_rounds_is_half_a_point_from
     accuracies = {10: 0.1, 20: 0.6, 30: 0.6, 40: 0.996, 50: 0.604}
     assert seconds_to_accuracy(curve(lines(accuracies, 50))) == 80.0  # round 40
     assert seconds_to_accuracy(curve(lines({}, 5))) is None
+    assert seconds_to_accuracy(curve(lines(accuracies, 50)), target=0.3) == 40.0
+    assert seconds_to_accuracy(curve(lines(accuracies, 50)), target=0.9) is None
     again = curve(lines(accuracies, 50, ended={20: "search"}))
     assert seconds_to_accuracy(again) == 80.0  # of the last training alone
 

@@ -183,8 +183,12 @@ def test_a_table_says_what_ran_and_what_did_not(fake, tmp_path):
     (pair,) = made["pairs"]
     assert (pair["row"], pair["against"], pair["n"]) == ("fedavg", "fedrep", 1)
     assert pair["mean"] == pytest.approx(-0.1)
+    # The weakest ends at 51.9 on average, which the mean of one seed's last rounds stays below.
+    assert made["columns"][0]["target"] == pytest.approx(0.519)
+    assert cells["fedavg"]["figures"]["seconds_to_target"] is None
+    assert cells["fedrep"]["figures"]["seconds_to_target"]["values"] == {1: 1.0}
     text = markdown(made)
-    assert "| FedAvg | 2 of 2 | 51.9 ± 0.7 | 20.0 | 4 | 1 | 1 | 32 | 4 |" in text
+    assert "| FedAvg | 2 of 2 | 51.9 ± 0.7 | 20.0 | 4 | 1 | 1 | - | 32 | 4 |" in text
     assert "| FedRep | 1 of 2 | 61.4 |" in text
     assert "| PerFedRLNAS | 2 of 2 | - |" in text
     assert "rounds=4" in text

@@ -130,9 +130,10 @@ def pruning(result: dict, lines: list[dict]) -> dict[str, float | None]:
     return last | {"prune_drop": sum(drops), "largest_drop": max(drops), "cut_at_once": cut}
 
 
-def seconds_to_accuracy(curve: dict[str, list]) -> float | None:
+def seconds_to_accuracy(curve: dict[str, list], target: float | None = None) -> float | None:
     """Seconds in rounds until the mean of the evaluations of the last 20 rounds comes within half a point of what it
-    is in the end (D-39). None without a server accuracy. Of a method that trains anew, within its last training."""
+    is in the end (D-39), or to the target. None where it never does. Of a method that trains anew, within its last
+    training."""
     last = max(curve["phase"], default=0)
     points = [
         (number, accuracy, seconds)
@@ -145,4 +146,5 @@ def seconds_to_accuracy(curve: dict[str, list]) -> float | None:
     for number, _, seconds in points:
         near = [accuracy for other, accuracy, _ in points if number - WINDOW < other <= number]
         means.append((sum(near) / len(near), seconds))
-    return next((seconds for mean, seconds in means if mean >= means[-1][0] - WITHIN), None)
+    wanted = target if target is not None or not means else means[-1][0] - WITHIN
+    return next((seconds for mean, seconds in means if mean >= wanted), None)

@@ -9,7 +9,7 @@ from fedmetanas_jax.files import write_json
 from fedmetanas_jax.options import UsageError
 from study import columns as column_names
 from study import plan
-from study.outcome import FIGURES
+from study.outcome import FIGURES, seconds_to_accuracy
 from study.paper import TABLES, label
 from study.plan import Run
 from study.scales import SCALES
@@ -69,11 +69,17 @@ def document(study: Study, request: Request) -> dict:
     "command", "versions"}; accuracies as fractions of 1, the paper's and the differences from it in percent."""
     table, runs = TABLES[request.number], request.runs()
     outcomes = {cell: study.finished(run) for cell, run in runs.items()}
-    cells = []
+    cells, targets = [], {}
     for column in request.columns:
+        means = [
+            spread({seed: one["figures"]["server"] for seed in request.seeds if (one := outcomes[row, column, seed])})
+            for row in request.rows
+        ]
+        targets[column] = min((found["mean"] for found in means if found), default=None)
         for row in request.rows:
             found = {seed: outcomes[row, column, seed] for seed in request.seeds}
-            cells.append({"row": row, "column": column} | _cell(found, table.paper.get(row, {}).get(column)))
+            printed = table.paper.get(row, {}).get(column)
+            cells.append({"row": row, "column": column} | _cell(found, printed, targets[column]))
     versions = [found["versions"] for found in outcomes.values() if found is not None]
     return {
         "table": request.number,
@@ -81,7 +87,9 @@ def document(study: Study, request: Request) -> dict:
         "scale": request.scale,
         "about": SCALES[request.scale].about,
         "overrides": request.overrides,
-        "columns": [{"key": column, "head": column_names.head(column)} for column in request.columns],
+        "columns": [
+            {"key": column, "head": column_names.head(column), "target": targets[column]} for column in request.columns
+        ],
         "figures": list(table.figures),
         "rows": [{"row": row, "label": label(row)} for row in request.rows],
         "cells": cells,
@@ -91,9 +99,12 @@ def document(study: Study, request: Request) -> dict:
     }
 
 
-def _cell(found: dict[int, dict | None], paper: dict | None) -> dict:
+def _cell(found: dict[int, dict | None], paper: dict | None, target: float | None) -> dict:
+    """target: what every row of the column reaches in the end; time to it is known where every seed comes that far."""
     done = {seed: one["figures"] for seed, one in found.items() if one is not None}
     figures = {name: spread({seed: one[name] for seed, one in done.items()}) for name in FIGURES}
+    reached = {seed: target and seconds_to_accuracy(found[seed]["curve"], target) for seed in done}
+    figures["seconds_to_target"] = None if None in reached.values() else spread(reached)
     differs = {
         name: 100 * figures[name]["mean"] - printed
         for name, printed in (paper or {}).items()
