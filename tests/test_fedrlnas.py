@@ -119,16 +119,13 @@ def test_equal_accuracies_teach_by_what_was_drawn_and_rows_sum_to_zero():
 
 
 def test_a_frozen_policy_is_fedavg_of_its_network():
-    space = darts_space(**SHAPE, width=4, length=1, nodes=1)
-    setting, graph = SETTING._replace(clip=5.0), space.resized(every_edge=True).graph
-    algorithm = fedrlnas(space, setting, policy_lr=0.0, reward="test")[0].make(masks.full_plan(graph))
-    server, _ = algorithm.init(jax.random.key(1))
-    ops = jnp.array([[0, 0], [4, 1]])  # in its only cell a convolution and a pooling, which compile quickly
-    alpha = server.policy.alpha._replace(op=50.0 * jax.nn.one_hot(ops, 8))
+    _, algorithm, server, _ = method(policy_lr=0.0, reward="test")
+    ops = jnp.array([[2, 1, 0, 2, 0], [1, 2, 1, 1, 1]])
+    alpha = server.policy.alpha._replace(op=50.0 * jax.nn.one_hot(ops, 3))
     server = server._replace(policy=policies.fresh(alpha))
     plan = [[[int(k)] for k in edges] for edges in ops]
-    fixed = fedavg(space.resized(every_edge=True).derive(plan), setting)
-    carried = [space.carry_over(x, masks.full_plan(graph), plan) for x in (server.params, server.stats)]
+    fixed = fedavg(ALL.derive(plan), SETTING)
+    carried = [ALL.carry_over(x, PLAN, plan) for x in (server.params, server.stats)]
     start = fixed.init(jax.random.key(2))[0]._replace(params=carried[0], stats=carried[1])
     client, fixed_client = jit(lambda *x: ask(algorithm, *x)), jit(lambda *x: ask(fixed, *x))
     found, wanted = [], []
@@ -140,7 +137,7 @@ def test_a_frozen_policy_is_fedavg_of_its_network():
     after, expected = algorithm.server_update(server, merged(*found)), fixed.server_update(start, merged(*wanted))
     for part, here in (("params", server.params), ("stats", server.stats)):
         learnt = getattr(after, part)
-        close(space.carry_over(learnt, masks.full_plan(graph), plan), getattr(expected, part))
+        close(ALL.carry_over(learnt, PLAN, plan), getattr(expected, part))
         given = algorithm.held(algorithm.send(server, 0, None))[part]
         untouched = jax.tree.map(lambda h, x, y: np.all(h | (x == y)), given, learnt, here)
         assert all(jax.tree.leaves(untouched))  # to the bit

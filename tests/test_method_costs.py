@@ -43,6 +43,7 @@ def test_the_table_by_hand():
 
 def test_every_method_is_compiled_once_and_timed_as_often_as_asked(tmp_path, capsys):
     small = ["--config.train_size=32", "--config.batch=8", "--config.epochs=1", "--config.cohort=2"]
+    small += ["--config.network=mobilenetv3_tiny"]
     asked = ["--methods=fedavg,fedprox", "--repeats=2", f"--out={tmp_path / 'costs'}"]
     assert method_costs.main(["method_costs.py", "--config=digits_dir01", *small, *asked]) == 0
     figures = json.loads((tmp_path / "costs.json").read_text())

@@ -252,11 +252,9 @@ def test_a_frozen_policy_is_first_order_perfedavg_of_its_network(M):
 
 
 def test_without_inner_steps_and_pairs_it_is_perfedrlnas_on_query_batches():
-    factory_space = darts_space(**SHAPE, width=4, length=1, nodes=1)
-    flat, setting = factory_space.resized(every_edge=True), SETTING._replace(clip=5.0)
-    plan = masks.full_plan(flat.graph)
-    meta = metaperfedrlnas(factory_space, setting, M=0)[0].make(plan)
-    plain = perfedrlnas(factory_space, setting)[0].make(plan)
+    setting = SETTING._replace(clip=5.0)
+    meta = metaperfedrlnas(ALL, setting, M=0)[0].make(PLAN)
+    plain = perfedrlnas(ALL, setting)[0].make(PLAN)
     server, _ = meta.init(jax.random.key(1))
     other, _ = plain.init(jax.random.key(1))
     alpha = server.policy.alpha
@@ -265,8 +263,8 @@ def test_without_inner_steps_and_pairs_it_is_perfedrlnas_on_query_batches():
     sent = meta.send(server, 1, key)
     found = jit(meta.client_update)(sent, (), rows, key)
 
-    net, mix = flat.make(plan), sample.drawn_mix(flat.graph, policies.of_child(flat.graph, sent.child))
-    given = flat.spread(mix != 0, plan, server.stats, True)
+    net, mix = ALL.make(PLAN), sample.drawn_mix(ALL.graph, policies.of_child(ALL.graph, sent.child))
+    given = ALL.spread(mix != 0, PLAN, server.stats, True)
 
     def loss(params, stats, batch, key):
         logits, moments = net.apply(params, stats, batch.image, mix, True)
@@ -280,7 +278,7 @@ def test_without_inner_steps_and_pairs_it_is_perfedrlnas_on_query_batches():
         on_query, local_sgd(setting, server.round), params, stats, rows, key, setting=setting, momentum=net.momentum
     ))  # fmt: skip
     params, stats, metrics = train(server.params, server.stats)
-    held = {part: flat.spread(mix != 0, plan, x, True) for part, x in (("params", params), ("stats", stats))}
+    held = {part: ALL.spread(mix != 0, PLAN, x, True) for part, x in (("params", params), ("stats", stats))}
     for part, x in (("params", params), ("stats", stats)):
         change = jax.tree.map(lambda h, a, b: jnp.where(h, a - b, 0), held[part], x, getattr(server, part))
         close(found.change[part], change, atol=2e-6)

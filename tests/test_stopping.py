@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from test_interruption import command, run
 
+MINE = {"dataset": "mine", "train_size": 16, "rounds": 4000}
 HEAR = """
 import os, signal, sys
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -20,12 +21,21 @@ os.execv(sys.argv[1], sys.argv[1:])
 """
 
 
+def replace_images(folder: Path, shift: int = 0) -> str:
+    """The flag for runs on these images; the programs of all of them with MINE are the same."""
+    image, label = np.zeros((256, 8, 8, 1), np.uint8), np.arange(256) % 4
+    image[:, 0, 0, 0] = label + shift
+    split = {"train_images": image, "train_labels": label, "test_images": image, "test_labels": label}
+    np.savez(folder / "mine.npz", **split)
+    return f"--data_dir={folder}"
+
+
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)], ids=lambda x: str(x)
 )
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number, status):
     process = subprocess.Popen(
-        [sys.executable, "-c", HEAR, *command(tmp_path / "run", rounds=4000)],
+        [sys.executable, "-c", HEAR, *command(tmp_path / "run", replace_images(tmp_path), **MINE)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -55,33 +65,25 @@ def test_a_signal_on_the_way_to_the_first_round_leaves_nothing(tmp_path):
 
 
 def test_numbers_that_are_none_stop_the_run_and_leave_the_folder_free(tmp_path):
-    done = run(tmp_path / "run", lr=1e30, clip=0)
+    given = replace_images(tmp_path)
+    done = run(tmp_path / "run", given, **MINE, lr=1e30, clip=0)
     assert done.returncode == 1
     assert "round " in done.stderr
     assert "client " in done.stderr
     assert "not finite" in done.stderr
     assert "can be tried in the same workdir" in done.stderr
     assert done.stderr.count("\n") == 1
-    again = run(tmp_path / "run", "--stop_after=1")
+    again = run(tmp_path / "run", given, "--stop_after=1", **MINE)
     assert again.returncode == 0, again.stderr
     assert "lr was 1e+30, is " in again.stdout
 
 
-def replace_images(folder: Path, shift: int) -> None:
-    image, label = np.zeros((256, 8, 8, 1), np.uint8), np.arange(256) % 4
-    image[:, 0, 0, 0] = label + shift
-    split = {"train_images": image, "train_labels": label, "test_images": image, "test_labels": label}
-    np.savez(folder / "mine.npz", **split)
-
-
 def test_what_a_run_goes_on_with_must_be_what_it_began_with(tmp_path):
     """Its images, its config where config.json is gone, its records; and a folder that cannot be written is a line."""
-    how, workdir = {"dataset": "mine", "train_size": 16}, tmp_path / "run"
-    given = f"--data_dir={tmp_path}"
-    replace_images(tmp_path, 0)
-    assert run(workdir, given, "--stop_after=2", **how).returncode == 0
+    workdir, given = tmp_path / "run", replace_images(tmp_path)
+    assert run(workdir, given, "--stop_after=2", **MINE).returncode == 0
     replace_images(tmp_path, 1)
-    refused = {"the images are not the same": how}
+    refused = {"the images are not the same": MINE}
     (workdir / "config.json").rename(tmp_path / "config.json")
     for _ in range(2):
         for message, asked in refused.items():
@@ -89,17 +91,17 @@ def test_what_a_run_goes_on_with_must_be_what_it_began_with(tmp_path):
             assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
             assert message in done.stderr
             assert not (workdir / "config.json").exists()
-        replace_images(tmp_path, 0)
-        refused = {"seed was 1, is 9": how | {"seed": 9}}
+        replace_images(tmp_path)
+        refused = {"seed was 1, is 9": MINE | {"seed": 9}}
     log = workdir / "records.jsonl"
     log.rename(tmp_path / "records.jsonl")
     log.mkdir()
-    done = run(workdir, given, **how)
+    done = run(workdir, given, **MINE)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
     assert f"Is a directory: {log}" in done.stderr
     log.rmdir()
     (tmp_path / "records.jsonl").rename(log)
-    done = run(workdir, given, "--stop_after=1", **how)
+    done = run(workdir, given, "--stop_after=1", **MINE)
     assert done.returncode == 0, done.stderr
     assert "resuming after round 2" in done.stdout
     assert (workdir / "config.json").exists()
