@@ -57,7 +57,10 @@ def _network(
             net = net._replace(mix=np.asarray(masks.of_plan(space.graph, plan).op, np.float32))
         genotype = genotypes.of_mix(space.graph, net.mix)
         write_genotype(chosen, genotype, workdir)
-        write_text(workdir / "genotype.txt", genotypes.to_text(space.graph, genotype))
+        text = genotypes.to_text(space.graph, genotype)
+        if chosen.kind == "darts" and arguments["length"] < 3:
+            text += f"\na network of {arguments['length']} cells has reduction cells only: the normal cell is none of them"
+        write_text(workdir / "genotype.txt", text)
         picture.draw(space.graph, genotype, workdir / "cells.png")
         found = genotypes.to_plan(space.graph, genotype)
         params, stats = (space.carry_over(x, plan, found) for x in (net.params, net.stats))

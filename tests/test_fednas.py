@@ -336,5 +336,6 @@ def test_what_a_run_leaves(tmp_path):
     found = genotypes.from_json((workdir / "genotype.json").read_text())
     assert [[len(node) for node in cell] for cell in found.values()] == [[2], [2]]
     assert "none" not in (workdir / "genotype.json").read_text()
+    assert "a network of 1 cells has reduction cells only" in (workdir / "genotype.txt").read_text()
     for name in ("cells.png", "alphas.png", "network.npz"):
         assert (workdir / name).stat().st_size > 1000
