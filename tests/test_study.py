@@ -4,17 +4,20 @@ import csv
 import io
 import json
 import os
+import signal
+import time
 
 import pytest
 import tables
 import toy_study
-from study import columns, plan, worker
+from study import claims, columns, plan, worker
 from study.outcome import FIGURES
 from study.paper import TABLES
 from study.scales import SCALES
 from study.tables import Request, document, keep, requests
 from study.written import markdown, text_csv
 
+from fedmetanas_jax.engine.interrupt import interruptible
 from fedmetanas_jax.engine.records import WorkdirError
 from fedmetanas_jax.options import UsageError
 
@@ -165,6 +168,45 @@ def test_a_run_that_processes_die_on_counts_as_failed(fake, tmp_path):
     done = worker.work(study, runs, None, lambda text: None)
     assert (done.failed, done.finished) == ([runs[0].name], [runs[1].name])
     assert "5 processes died on it" in study.failure(runs[0])["error"]
+
+
+def test_a_signal_that_comes_when_a_run_ends_stops_before_the_next(fake, tmp_path, monkeypatch):
+    study, runs = worker.Study(tmp_path), toy_study.runs()
+    sound = worker.build.run
+
+    def run(config, **how):
+        sound(config, **how)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(worker.build, "run", run)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        worker.work(study, runs, None, lambda text: None)
+    assert stopped.value.args == (signal.SIGTERM,)
+    assert fake == [runs[0].name]
+    assert study.claims.held() == {}
+
+
+def test_a_run_that_was_taken_over_is_left_and_the_rest_goes_on(fake, tmp_path, monkeypatch):
+    study, runs, said = worker.Study(tmp_path), toy_study.runs(seeds=(1, 2)), []
+    monkeypatch.setattr(claims, "BEAT", 0.01)
+    sound = worker.build.run
+
+    def run(config, *, task, **how):
+        if task == runs[0].name and not fake:
+            fake.append("asleep")
+            (tmp_path / "claims" / f"{task}.2").write_text(json.dumps({"here": "elsewhere"}))  # while it slept
+            with interruptible() as interrupt:
+                while interrupt.signal is None:
+                    time.sleep(0.01)
+                for number in (1, 2):  # the other process is done with it
+                    (tmp_path / "claims" / f"{task}.{number}").unlink()
+                interrupt.obey()
+        sound(config, task=task, **how)
+
+    monkeypatch.setattr(worker.build, "run", run)
+    done = worker.work(study, runs, None, said.append)
+    assert sorted(done.finished) == sorted(run.name for run in runs)
+    assert f"{runs[0].name} was taken over by another process while this one slept" in said
 
 
 def test_a_table_says_what_ran_and_what_did_not(fake, tmp_path):

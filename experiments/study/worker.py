@@ -20,6 +20,7 @@ import jax
 from fedmetanas_jax import build
 from fedmetanas_jax.config import to_dict
 from fedmetanas_jax.engine.checkpoint import CheckpointError
+from fedmetanas_jax.engine.interrupt import Interrupt, interruptible
 from fedmetanas_jax.engine.records import RECORDS, InUseError, WorkdirError
 from fedmetanas_jax.files import beside, to_json, write_json
 from fedmetanas_jax.options import UsageError
@@ -81,9 +82,15 @@ def work(study: Study, runs: list[Run], data_dir: str | None, say: Callable[[str
 
     Raises KeyboardInterrupt, after Ctrl-C or SIGTERM, with the run at hand saved and free for others.
     """
+    with interruptible() as interrupt:
+        return _work(study, runs, data_dir, say, wait, interrupt)
+
+
+def _work(study: Study, runs: list[Run], data_dir: str | None, say, wait: bool, interrupt: Interrupt) -> Done:
     last, finished, failed, said = None, [], [], False
     done: set[str] = set()
     while True:
+        interrupt.obey()  # also a signal that came when a run was as good as finished
         done |= {run.name for run in runs if run.name not in done and study.finished(run)}
         left = [run for run in runs if run.name not in done and not study.failure(run)]
         held = study.claims.held()
@@ -92,7 +99,7 @@ def work(study: Study, runs: list[Run], data_dir: str | None, say: Callable[[str
         # What this process has programs for; then what nobody is compiling at the moment.
         free.sort(key=lambda run: (_program(run) != last, _program(run) in busy))
         for run in free:
-            with _taken(study, run) as claim:
+            with _taken(study, run, interrupt) as claim:
                 if claim is None or study.finished(run) or study.failure(run):
                     continue
                 say(f"--- {run.name} ({len(done)} of {len(runs)} done)")
@@ -114,7 +121,8 @@ def work(study: Study, runs: list[Run], data_dir: str | None, say: Callable[[str
 class _taken:
     """`with` a claim, or None where somebody was faster."""
 
-    def __init__(self, study: Study, run: Run):
+    def __init__(self, study: Study, run: Run, interrupt: Interrupt):
+        self._interrupt = interrupt
         self._claim = study.claims.take(run.name, lost=lambda: _thread.interrupt_main(signal.SIGTERM))
 
     def __enter__(self):
@@ -123,6 +131,8 @@ class _taken:
     def __exit__(self, *_) -> None:
         if self._claim is not None:
             self._claim.release()
+            if self._claim.lost:  # that stopped the run, and is to stop nothing else
+                self._interrupt.signal = None
 
 
 def _one(study: Study, run: Run, claim, data_dir: str | None, say: Callable[[str], None]) -> bool:
