@@ -41,22 +41,23 @@ class Network(NamedTuple):
         """One name per class."""
         return tuple(self.header["label_names"])
 
-    def logits(self, images: np.ndarray, batch: int = 250) -> np.ndarray:
+    def arrays(self) -> dict:
+        """Weights, statistics and mix by the names that they have in a file."""
+        return _arrays(self.net, self.header["kind"])
+
+    def logits(self, images, batch: int = 250) -> np.ndarray:
         """images [n, h, w, c] uint8 -> [n, classes] float32; one image [h, w, c] -> [classes].
+
+        An image may be PIL's too, and images a list of those, of the network's size and mode (L, RGB, RGBA).
 
         `batch` images are computed together, the last ones filled up with repeats; where there are fewer from the
         start, they are filled up to the next power of two only. Each of these sizes is compiled once. NetworkError for
-        images of another kind and a batch of none.
+        images of another kind, which says what is needed, and a batch of none.
         """
         shape = tuple(self.header["arguments"]["shape"])
         if isinstance(batch, bool) or not isinstance(batch, int | np.integer) or batch < 1:
             raise NetworkError(f"batch is {brief(batch)}; it must be a whole number of at least 1")
-        try:
-            images = np.asarray(images)
-        except ValueError as error:
-            raise NetworkError(f"images are no array ({brief(error)})") from None
-        if images.dtype != np.uint8 or images.shape[-3:] != shape or images.ndim not in (3, 4):
-            raise NetworkError(f"images are {images.dtype} {images.shape}; the network takes uint8 [n, {shape}]")
+        images = taken(images, shape)
         many = images.reshape(-1, *shape)
         size, out = min(int(batch), 1 << max(len(many) - 1, 0).bit_length()), []
         for start in range(0, len(many), size):
@@ -65,8 +66,8 @@ class Network(NamedTuple):
         found = np.concatenate(out) if out else np.zeros((0, len(self.label_names)), np.float32)
         return found if images.ndim == 4 else found[0]
 
-    def predict(self, images: np.ndarray) -> np.ndarray:
-        """images [n, h, w, c] uint8 -> the most likely class of each, [n]; of one image [h, w, c] its class, []."""
+    def predict(self, images) -> np.ndarray:
+        """images as `logits` takes them -> the most likely class of each, [n]; of one image its class, []."""
         return np.argmax(self.logits(images), -1)
 
 
@@ -84,7 +85,12 @@ def save(path: Path, net: Net, *, kind: str, arguments: dict, plan, label_names:
 
 def load(path: str | Path) -> Network:
     """The network in `path`, computing in float32. NetworkError where there is none, or none that computes."""
-    header, arrays = read(path)
+    return assemble(path, *read(path))
+
+
+def assemble(path: str | Path, header: dict, arrays: dict[str, np.ndarray]) -> Network:
+    """The network of what was read from `path`, in whatever format: a header as `save` writes it and `Network.arrays`.
+    NetworkError where they make none."""
     if header.get("format") != FORMAT:
         raise NetworkError(f"{path} has format {brief(header.get('format'))}; this version reads {FORMAT}")
     kind = header.get("kind")
@@ -102,6 +108,38 @@ def load(path: str | Path) -> Network:
     if kind in SPACES:
         net = net._replace(mix=jnp.asarray(arrays["mix"]))
     return Network(net, header, partial(forward, net))
+
+
+def taken(images, shape: tuple[int, int, int]) -> np.ndarray:
+    """A caller's images, an array or PIL's, as uint8 [n, h, w, c] or one [h, w, c] of that shape. NetworkError for
+    others, which says what to do. Floats are not guessed at: 0 to 1 and 0 to 255 look alike where an image is dark."""
+    if hasattr(images, "getbands"):
+        return _of_pil(images, shape)
+    if isinstance(images, list | tuple) and images and all(hasattr(image, "getbands") for image in images):
+        return np.stack([_of_pil(image, shape) for image in images])
+    try:
+        images = np.asarray(images)
+    except ValueError as error:
+        raise NetworkError(f"images are no array ({brief(error)})") from None
+    if images.dtype == np.uint8 and images.shape[-3:] == shape and images.ndim in (3, 4):
+        return images
+    sizes = ", ".join(map(str, shape))
+    said = f"images are {images.dtype} {images.shape}; the network takes uint8 [n, {sizes}], or one [{sizes}], 0 to 255"
+    if images.dtype.kind == "f":
+        said += ": of floats from 0 to 1, (255 * images).round().astype('uint8')"
+    raise NetworkError(said)
+
+
+def _of_pil(image, shape: tuple[int, int, int]) -> np.ndarray:
+    """[h, w, c] uint8. Neither size nor colours are changed, since it is the caller who knows how to."""
+    height, width, channels = shape
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(channels)
+    if image.mode != mode or image.size != (width, height):
+        wanted = f"{mode} of {width} x {height}: image.convert({mode!r}).resize(({width}, {height}))"
+        wanted = wanted if mode else f"arrays of {channels} channels, which PIL's have not"
+        found = f"{image.mode} of {image.width} x {image.height}"
+        raise NetworkError(f"images are PIL's, {found}; the network takes {wanted}")
+    return np.asarray(image).reshape(shape)
 
 
 @lru_cache(maxsize=8)

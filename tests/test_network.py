@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from fedmetanas_jax.core import Net
-from fedmetanas_jax.network import MAKERS, NetworkError, load, save
+from fedmetanas_jax.network import MAKERS, NetworkError, load, save, taken
 
 COMMON = {"shape": (4, 4, 1), "classes": 3, "mean": (0.5,), "std": (0.25,)}
 ARGUMENTS = {
@@ -71,6 +72,30 @@ def test_one_image_costs_one(tmp_path):
     for other in (images[0, 0], images[..., 0], images.astype(np.float32), [[1], [1, 2]], "images"):
         with pytest.raises(NetworkError, match="images are"):
             network.logits(other)
+
+
+def test_pictures_of_pil_are_taken_and_floats_are_not_guessed_at(tmp_path):
+    saved(tmp_path / "network.npz", "mobilenetv3")
+    network = load(tmp_path / "network.npz")
+    network = network._replace(apply=lambda images: np.asarray(images, np.float32)[:, 0, :3, 0])
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 1)).astype(np.uint8)
+    pictures = [Image.fromarray(x[..., 0]) for x in pixels]
+    np.testing.assert_array_equal(network.logits(pictures), network.logits(pixels))
+    np.testing.assert_array_equal(network.logits(pictures[0]), network.logits(pixels[0]))
+    assert network.predict(pictures[0]).shape == ()
+    needed = r"PIL's, RGB of 5 x 4; the network takes L of 4 x 4: image.convert\('L'\).resize\(\(4, 4\)\)"
+    with pytest.raises(NetworkError, match=needed):
+        network.predict(Image.new("RGB", (5, 4)))
+    with pytest.raises(NetworkError, match="PIL's, P of 4 x 4"):  # whose numbers are those of colours
+        network.predict([pictures[0], pictures[0].convert("P")])
+    with pytest.raises(NetworkError, match=r"float32 .* takes uint8 .*, 0 to 255: of floats from 0 to 1, \(255"):
+        network.predict(pixels.astype(np.float32) / 255)
+    with pytest.raises(NetworkError, match=r"the network takes uint8 \[n, 4, 4, 1\], or one \[4, 4, 1\], 0 to 255$"):
+        network.predict(pixels.astype(int))
+    np.testing.assert_array_equal(taken((255 * (pixels / 255)).round().astype("uint8"), (4, 4, 1)), pixels)
+    for shape, said in (((4, 4, 2), "arrays of 2 channels"), ((4, 4, 3), "takes RGB of 4 x 4")):
+        with pytest.raises(NetworkError, match=said):
+            taken(pictures[0], shape)
 
 
 def test_what_is_no_network_is_named(tmp_path):
