@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from fedmetanas_jax import deliver, environment, pictures
 from fedmetanas_jax.algorithms import ALGORITHMS
 from fedmetanas_jax.architecture import Architecture, make_architecture, searches
-from fedmetanas_jax.config import MAY_CHANGE, Config, to_dict, validate
+from fedmetanas_jax.config import FILE, MAY_CHANGE, SIZED, Config, to_dict, validate
 from fedmetanas_jax.core import Algorithm, FederatedData, Phase, Setting
-from fedmetanas_jax.data import federated, partition, picture, sources
+from fedmetanas_jax.data import federated, manifest, natural, partition, picture, sources
 from fedmetanas_jax.data.augment import augmenter
 from fedmetanas_jax.engine import aggregate, identity, records
 from fedmetanas_jax.engine import run as engine
@@ -22,6 +22,7 @@ from fedmetanas_jax.engine.interrupt import interruptible
 from fedmetanas_jax.engine.mesh import clients_mesh
 from fedmetanas_jax.engine.programs import Conduct
 from fedmetanas_jax.engine.report import NonFiniteError
+from fedmetanas_jax.engine.sinks import NONE, Sinks
 from fedmetanas_jax.files import write_json
 from fedmetanas_jax.network import NetworkError
 from fedmetanas_jax.options import UsageError
@@ -83,14 +84,10 @@ def make_phases(config: Config, dataset: sources.Dataset) -> tuple[list[Phase], 
 def deal(config: Config, dataset: sources.Dataset, least_rows: int) -> partition.Partition:
     """Which images are whose.
 
-    UsageError where a partition cannot be, or leaves a client fewer than `least_rows` training images.
+    UsageError where a partition cannot be, or leaves a client fewer than `least_rows` training images; DataError for
+    a file that holds none of these images.
     """
-    classes = len(dataset.label_names)
-    labels = (dataset.train_labels, dataset.test_labels)
-    try:
-        parts = partition.partition(config.partition, *labels, classes=classes, **_dealing(config))
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    parts = _dealt(config, dataset)
     smallest = min(len(rows) for rows in parts.train)
     if smallest < least_rows:
         most = smallest * config.batch // least_rows  # a task is so many batches
@@ -101,13 +98,42 @@ def deal(config: Config, dataset: sources.Dataset, least_rows: int) -> partition
     return parts
 
 
+def _dealt(config: Config, dataset: sources.Dataset) -> partition.Partition:
+    """The partition, with what says how it was dealt. Raises as `deal`."""
+    if config.partition.endswith(FILE):
+        parts = manifest.read(config.partition, dataset)
+        if len(parts.train) != config.clients:
+            raise UsageError(
+                f"config.clients is {config.clients}, but {config.partition} deals to {len(parts.train)} clients"
+            )
+        return parts
+    dealing = _dealing(config) | {"kind": config.partition, "dataset": config.dataset}
+    try:
+        if config.partition != "natural":
+            labels = (dataset.train_labels, dataset.test_labels)
+            classes = len(dataset.label_names)
+            parts = partition.partition(config.partition, *labels, classes=classes, **_dealing(config))
+            return parts._replace(dealing=dealing)
+        if dataset.train_client is None:
+            arrays = " and ".join(sources.CLIENTS)
+            raise UsageError(f"config.partition is natural, but {config.dataset} has no {arrays}, so no clients")
+        ids = (dataset.train_client, dataset.test_client)
+        parts, names = natural.natural(*ids, clients=config.clients, seed=config.seed)
+        return parts._replace(dealing=dealing | {"client_names": names})
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
 def federate(config: Config, dataset: sources.Dataset, parts: partition.Partition) -> FederatedData:
     """The images with everybody's rows, of lengths that are the same for every seed, or nearly always: then the seeds
-    of an experiment share their compiled programs. What label skew deals out is rounded up to whole batches."""
-    if config.partition == "label_skew":
+    of an experiment share their compiled programs. What label skew deals out, and what clients have of their own, is
+    rounded up to whole batches. What a file deals out is as long as it was in the run that left the file, since the
+    order in which a client sees its images depends on that."""
+    if parts.dealing.get("kind", config.partition) not in SIZED:
         longest = (max(map(len, rows)) for rows in (parts.train, parts.test))
         return federated.federate(dataset, parts, tuple(-(-rows // config.batch) * config.batch for rows in longest))
-    return federated.federate(dataset, parts, (config.train_size, config.test_size))
+    least = (0, 0) if config.partition.endswith(FILE) else (config.train_size, config.test_size)
+    return federated.federate(dataset, parts, least)
 
 
 def _dealing(config: Config) -> dict:
@@ -120,8 +146,7 @@ def describe(config: Config, dataset: sources.Dataset, parts: partition.Partitio
     """Leaves partition.json and partition.png in the workdir."""
     classes = len(dataset.label_names)
     labels = (dataset.train_labels, dataset.test_labels)
-    parameters = _dealing(config) | {"kind": config.partition, "dataset": config.dataset}
-    write_json(workdir / "partition.json", partition.manifest(parts, *labels, classes, parameters))
+    write_json(workdir / "partition.json", manifest.record(parts, *labels, classes, parts.dealing))
     counts = partition.histogram(parts.train, dataset.train_labels, classes)
     picture.draw(counts, dataset.label_names, workdir / "partition.png")
 
@@ -134,6 +159,7 @@ def run(
     data_dir: Path | None,
     stop_after: int | None = None,
     command: str = "the same command",
+    sinks: Sinks = NONE,
 ) -> None:
     """The whole run in `workdir`, begun or resumed. Raises one of FAILURES; KeyboardInterrupt, holding the signal's
     number, after Ctrl-C, SIGTERM or SIGHUP."""
@@ -167,7 +193,7 @@ def run(
                     graph = None if space is None else space.graph
                     pictures.draw(lines, graph, workdir, f"{task}, {config.method}, seed {config.seed}")
 
-            how = {"workdir": workdir, "mesh": mesh, "stop_after": stop_after, "go_on": command}
+            how = {"workdir": workdir, "mesh": mesh, "stop_after": stop_after, "go_on": command, "sinks": sinks}
             try:
                 outcome = engine.run(phases, data, conduct, **how, identity=mine, accepted=accepted)
             except BaseException:
@@ -178,6 +204,7 @@ def run(
             draw()
             if outcome is not None:
                 deliver.finish(config, dataset, chosen, data, outcome, workdir=workdir)
+                sinks.end(outcome.summary)
 
 
 @contextlib.contextmanager

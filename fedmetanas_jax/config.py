@@ -8,12 +8,15 @@ import dataclasses
 import typing
 from typing import Any, Literal
 
-from fedmetanas_jax.options import LARGEST_INT, UsageError, brief, fits, nearest, wanted
+from fedmetanas_jax.options import LARGEST_INT, UsageError, brief, fits, nearest, parse_path, wanted
 
 # Far above what anybody needs, and below what takes minutes of silence or all memory before the first message.
 MOST_CLIENTS, MOST_BATCH, MOST_DEVICES = 1_000_000, 65_536, 4_096
 MOST_WIDTH, MOST_CELLS, MOST_NODES = 65_536, 1_000, 64
 LEAST_CONCENTRATION = 1e-6  # as data/partition.py, which says why
+SIZED = ("dirichlet", "dirichlet_disjoint", "plato", "iid")  # partitions with as many images a client as asked for
+PARTITIONS = ("dirichlet", "dirichlet_disjoint", "plato", "label_skew", "iid", "natural")
+FILE = ".json"  # what the name of a partition's file ends with
 
 
 def _field(default, text: str, least: float | None = None, how: bool = False, most: float | None = None):
@@ -34,8 +37,10 @@ class Config:
     )
     dataset: str = _field("cifar10", "cifar10, cifar100, mnist, digits, or NAME for DATA_DIR/NAME.npz")
 
-    partition: Literal["dirichlet", "dirichlet_disjoint", "plato", "label_skew", "iid"] = _field(
-        "dirichlet", "how the images are dealt to the clients (D-1)"
+    partition: str = _field(
+        "dirichlet",
+        "how the images are dealt to the clients (D-1): dirichlet, dirichlet_disjoint, plato, label_skew, iid, natural "
+        "(to the clients the data set names), or as in another run, by the partition.json that it left",
     )
     concentration: float = _field(
         0.1, "of the Dirichlet partitions: smaller = fewer labels a client", least=LEAST_CONCENTRATION
@@ -43,7 +48,7 @@ class Config:
     tau: int = _field(4, "labels a client has under label_skew", least=1)
     clients: int = _field(100, "clients in all, K", least=1, most=MOST_CLIENTS)
     cohort: int = _field(5, "clients that train in one round, S", least=1)
-    train_size: int = _field(600, "training images of a client; label_skew deals out all there are", least=1)
+    train_size: int = _field(600, "training images of a client; label_skew and natural deal out all there are", least=1)
     test_size: int = _field(600, "test images of a client; fewer where its labels have no more (D-55)", least=1)
 
     rounds: int = _field(1000, "rounds, R; every schedule is measured against it", least=1)
@@ -151,14 +156,23 @@ def validate(config: Config) -> None:
         raise UsageError(f"config.block is {config.block}; with config.client_states=host it must be 1")
     if len(set(config.augment)) < len(config.augment):
         raise UsageError(f"config.augment names an augmentation twice: {','.join(config.augment)}")
+    check_partition(config.partition)
     factors = [("epochs", "train_size")]
-    if config.partition != "label_skew":  # which deals out what there is
+    if config.partition in SIZED:  # the others deal out what there is
         factors += [("clients", "train_size"), ("clients", "test_size")]
     for one, other in factors:
         if (product := getattr(config, one) * getattr(config, other)) > LARGEST_INT:
             raise UsageError(
                 f"config.{one} times config.{other} is {product} images; they must be at most {LARGEST_INT}"
             )
+
+
+def check_partition(name: str) -> None:
+    """UsageError unless it is one of PARTITIONS or could be a file's path; the file is read with the images."""
+    if name.endswith(FILE):
+        parse_path("config.partition", name)
+    elif name not in PARTITIONS:
+        raise UsageError(f"config.partition: {nearest('choice', name, PARTITIONS)}, or a run's partition{FILE}")
 
 
 def _check(field: dataclasses.Field, value) -> None:

@@ -59,7 +59,8 @@ def _network(
         write_genotype(chosen, genotype, workdir)
         text = genotypes.to_text(space.graph, genotype)
         if chosen.kind == "darts" and arguments["length"] < 3:
-            text += f"\na network of {arguments['length']} cells has reduction cells only: the normal cell is none of them"
+            cells = arguments["length"]
+            text += f"\na network of {cells} cells has reduction cells only: the normal cell is none of them"
         write_text(workdir / "genotype.txt", text)
         picture.draw(space.graph, genotype, workdir / "cells.png")
         found = genotypes.to_plan(space.graph, genotype)

@@ -7,7 +7,8 @@ import pytest
 
 from fedmetanas_jax import config
 from fedmetanas_jax.data import partition as module
-from fedmetanas_jax.data.partition import KINDS, histogram, label_distance, majority_accuracy, manifest, partition
+from fedmetanas_jax.data.manifest import record as manifest
+from fedmetanas_jax.data.partition import KINDS, histogram, label_distance, majority_accuracy, partition
 from fedmetanas_jax.data.picture import draw
 
 
@@ -257,3 +258,24 @@ def test_picture_is_written(tmp_path, classes):
 
 def test_config_and_partition_agree_on_the_least_concentration():
     assert config.LEAST_CONCENTRATION == module.LEAST_CONCENTRATION
+
+
+def test_config_has_every_partition_and_knows_whose_sizes_are_given():
+    assert config.PARTITIONS == (*KINDS, "natural")
+    assert set(KINDS) - set(config.SIZED) == {"label_skew"}
+
+
+# The first 16 digits of the SHA-256 of what deal() deals out. Whoever changes them changes every run there was.
+DEALT = {
+    "dirichlet": ("3f116f412d1eb2f7", "574f38453fc770ab"),
+    "dirichlet_disjoint": ("45d2541b87393155", "41a87c7948f0bb90"),
+    "plato": ("5df59e4771ede7f5", "476e39e94eb717fd"),
+    "label_skew": ("6b54ff0ec20c8b38", "626b63f385bd0971"),
+    "iid": ("625b399ff0bdafc3", "19b3cf748b2f1761"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_partitions_are_those_of_earlier_versions(kind):
+    record = manifest(deal(kind), TRAIN, TEST, 10, {})
+    assert tuple(record[side]["sha256"][:16] for side in ("train", "test")) == DEALT[kind]

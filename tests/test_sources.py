@@ -31,6 +31,9 @@ def toy(n=12, m=6, classes=3, shape=(4, 4, 1), seed=0):
     }
 
 
+OWNERS = {"train_client": np.arange(12) % 4, "test_client": np.arange(6) % 4}
+
+
 def save(folder, name="mine", **changes):
     arrays = {key: value for key, value in (toy() | changes).items() if value is not None}
     np.savez(folder / f"{name}.npz", **arrays)
@@ -79,6 +82,17 @@ def test_own_file_with_and_without_names(tmp_path):
     assert sources.load("mine", tmp_path).label_names == ("0", "1", "2")
 
 
+def test_whose_an_image_is(tmp_path):
+    save(tmp_path)
+    assert sources.load("mine", tmp_path)[5:] == (None, None)
+    save(tmp_path, train_client=np.arange(12, dtype=np.uint8), test_client=np.arange(6, dtype=np.int32))
+    mine = sources.load("mine", tmp_path)
+    assert mine.train_client.tolist() == list(range(12))
+    assert {mine.train_client.dtype, mine.test_client.dtype} == {np.dtype(np.int64)}
+    save(tmp_path, train_client=np.full(12, "ann"), test_client=np.full(6, "bo"))
+    assert sources.load("mine", tmp_path).test_client.tolist() == ["bo"] * 6
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -98,6 +112,12 @@ def test_own_file_with_and_without_names(tmp_path):
         ({"test_labels": np.full(6, 2**40)}, "without label_names they can be at most 65535"),
         ({"train_images": np.zeros((12, 3, 32, 32), np.uint8)}, "as if channels came first; they must be [n, h, w, c]"),
         ({"train_images": np.zeros((12, 1, 8, 8), np.uint8)}, "numpy.moveaxis(images, 1, -1)"),
+        ({"train_client": np.arange(12)}, "has train_client but no test_client; it needs both, or neither"),
+        ({"test_client": np.arange(6)}, "has test_client but no train_client"),
+        (OWNERS | {"train_client": np.zeros(12)}, "train_client is float64 (12,); it must be integers or strings [n]"),
+        (OWNERS | {"test_client": np.zeros((6, 1), int)}, "test_client is int64 (6, 1)"),
+        (OWNERS | {"test_client": np.zeros(5, int)}, "6 test_images but 5 test_client"),
+        (OWNERS | {"test_client": np.full(6, "a")}, "train_client is int64 but test_client is <U1; both must be"),
     ],
 )
 def test_unsound_own_file_is_refused_in_one_line(tmp_path, changes, said):
@@ -143,7 +163,7 @@ def test_what_is_no_regular_file_or_no_file_name_is_said(tmp_path):
     (tmp_path / "cifar10.npz").mkdir()
     for name in ("pipe", "folder", "cifar10"):
         assert "is no regular file" in refusal(name, tmp_path)
-    for name in ("x" * 300, "a\0b", "ä" * 126):
+    for name in ("", "x" * 300, "a\0b", "ä" * 126):
         assert "is no data set's name" in refusal(name, tmp_path)
     assert "there are cifar10, cifar100, digits, mnist" in refusal("mine", tmp_path / "none" / "here")
     with pytest.raises(DataError, match="~nosuchuser is no user's folder"):

@@ -4,7 +4,6 @@ A client's label distribution is p_k ~ Dirichlet(concentration): small values le
 choice is a function of the seed and the client, so client 7 is the same whether there are 10 clients or 100.
 """
 
-import hashlib
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +19,7 @@ class Partition(NamedTuple):
 
     train: list[np.ndarray]  # one [n_k] int64 per client, rows of the training images
     test: list[np.ndarray]  # one [m_k] int64 per client, rows of the test images
+    dealing: dict = {}  # what says how they were dealt, its "kind" among it: the "parameters" of partition.json
 
 
 def partition(
@@ -108,31 +108,6 @@ def label_distance(train_histogram: np.ndarray, test_histogram: np.ndarray) -> n
     """
     train, test = (count / count.sum(axis=1, keepdims=True) for count in (train_histogram, test_histogram))
     return np.abs(train - test).sum(axis=1) / 2
-
-
-def manifest(
-    parts: Partition, train_labels: np.ndarray, test_labels: np.ndarray, classes: int, parameters: dict
-) -> dict:
-    """What a run records of its partition: a dict of plain JSON values.
-
-    `parameters` are recorded as given. Two partitions are equal where both SHA-256 are.
-    """
-    counts = [histogram(parts.train, train_labels, classes), histogram(parts.test, test_labels, classes)]
-    distance = label_distance(*counts)
-    record = {
-        "parameters": dict(parameters),
-        "clients": len(parts.train),
-        "majority_accuracy": majority_accuracy(*counts),
-        "label_distance": {"mean": float(distance.mean()), "of_clients": distance.tolist()},
-    }
-    for name, rows, count in zip(("train", "test"), parts, counts, strict=True):
-        record[name] = {
-            "sizes": [len(own) for own in rows],
-            "distinct": len(np.unique(np.concatenate(rows))),
-            "histogram": count.tolist(),
-            "sha256": _sha256(rows),
-        }
-    return record
 
 
 _CLASSES, _TRAIN, _TEST, _SHARED = 1, 2, 3, 4  # what a stream of random numbers is for
@@ -248,10 +223,3 @@ def _label_skew(train_labels, test_labels, clients: int, tau: int, classes: int,
 def _check_size(name: str, size: int, most: int) -> None:
     if not 1 <= size <= most:
         raise ValueError(f"{name} is {size}; it must be at least 1, and the images allow at most {most}")
-
-
-def _sha256(rows: list[np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for own in rows:
-        digest.update(np.array([len(own), *own], "<i8").tobytes())
-    return digest.hexdigest()

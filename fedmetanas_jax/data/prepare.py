@@ -35,7 +35,7 @@ RETRIES = 4  # of a download; tensorflow-datasets' own 10 keep a machine without
 
 
 def arrays(name: str, data_dir: Path) -> dict[str, np.ndarray]:
-    """The arrays of sources.KEYS and label_names, in the order of the official files.
+    """The arrays of dataset.KEYS and label_names, in the order of the official files.
 
     Prepares DATA_DIR/<name>/<version> if it is not there, from the archives in DATA_DIR/downloads/<name> (or
     downloads/manual) if they are, else over http. DataError for an archive that is not the official one; besides,
