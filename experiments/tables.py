@@ -11,7 +11,7 @@ run that fails is reported and does not stop the rest. Leaves table2.md, .csv an
 finished run are "-".
 
 A method is METHOD or METHOD+NAME=VALUE+...: an option of it, or a field of a task (lr, network=genotype.json). A column
-is DATASET:SPLIT, with a split like dir0.1, tau4 or iid, and a data set of its own from DATA_DIR/NAME.npz.
+is DATASET:SPLIT, with a split like dir0.1, tau4, iid or natural, and a data set of its own from DATA_DIR/NAME.npz.
 
 Exit status: 0 done, 1 a run failed, 2 the request made no sense, 130 after Ctrl-C, 143 after SIGTERM.
 """

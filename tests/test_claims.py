@@ -32,7 +32,7 @@ def _race(folder, start, won):
 
 
 def test_of_many_that_try_at_once_one_gets_it(tmp_path):
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")  # of this process, jax may have threads
     for attempt in range(5):
         start, won = context.Barrier(8), context.Queue()
         racers = [context.Process(target=_race, args=(tmp_path / str(attempt), start, won)) for _ in range(8)]

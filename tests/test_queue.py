@@ -27,7 +27,8 @@ def _table(path, request) -> str:
 def test_a_study_that_was_disturbed_has_the_tables_of_one_that_was_not(tmp_path):
     request = Request(1, "minutes", ROWS, ("digits:dir0.1",), (1, 2, 3, 4), {"rounds": 4}, "")
     runs = list(request.runs().values())
-    context = multiprocessing.get_context("fork")  # nothing of jax runs in these processes
+    context = multiprocessing.get_context("forkserver")  # forked before jax has threads, and imported once
+    context.set_forkserver_preload(["test_queue"])
     calm, disturbed = tmp_path / "calm", tmp_path / "disturbed"
     _work(calm, runs)
 

@@ -45,6 +45,7 @@ def request(number=1, rows=("fedavg", "fedrep", "perfedrlnas"), seeds=(1, 2), **
         ("a:dir0.1", {"dataset": "a", "partition": "dirichlet", "concentration": 0.1}, "a, Dirichlet 0.1"),
         ("mine:tau4", {"dataset": "mine", "partition": "label_skew", "tau": 4}, "mine, 4 labels a client"),
         ("mnist:iid", {"dataset": "mnist", "partition": "iid"}, "MNIST, IID"),
+        ("mine:natural", {"dataset": "mine", "partition": "natural"}, "mine, everybody's own"),
         ("a:plato1e-3", {"dataset": "a", "partition": "plato", "concentration": 1e-3}, "a, Dirichlet, Plato's, 1e-3"),
     ],
 )  # fmt: skip
