@@ -27,6 +27,13 @@ setup(
         "bench": ["torch>=2.13"],
         # Only to fetch cifar10, cifar100 and mnist; a cached DATA_DIR/<name>.npz needs none of it.
         "data": ["tensorflow-datasets>=4.9.10", "array_record>=0.8", "importlib_resources>=6"],
+        # Only for main.py --sinks, an extra each.
+        "tensorboard": ["tensorboard>=2.21"],
+        "wandb": ["wandb>=0.31"],
+        "mlflow": ["mlflow>=3.17"],
+        # Only for experiments/export.py and tests/test_export.py; its PyTorch module needs "bench". JAX writes its own
+        # exports by flatbuffers, which it does not bring.
+        "export": ["flatbuffers>=25.12", "onnx>=1.23", "onnxruntime>=1.32", "safetensors>=0.8"],
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.8",

@@ -21,8 +21,10 @@ from typing import Any, Literal, NamedTuple
 import command
 from command import Flag, written
 
-from fedmetanas_jax.config import Config, validate
+from fedmetanas_jax.config import Config, to_dict, validate
 from fedmetanas_jax.engine.interrupt import interruptible
+from fedmetanas_jax.engine.sink_kinds import KINDS, Run, SinkError
+from fedmetanas_jax.engine.sinks import Sinks
 from fedmetanas_jax.environment import jax_variables
 from fedmetanas_jax.options import LARGEST_INT, UsageError, nearest, option_types, parse_options, parse_path, wanted
 from fedmetanas_jax.tasks import TASKS
@@ -37,6 +39,9 @@ FLAGS = {
 }
 FIELDS = {field.name: field for field in dataclasses.fields(Config) if field.name != "options"}
 FIELD_FLAGS = {f"config.{name}": Flag(field.type, ..., field.metadata["help"]) for name, field in FIELDS.items()}
+OWN = FLAGS | {  # of a single run; the others are of scripts that make many as well
+    "sinks": Flag(tuple[str, ...], (), f"where else the run is to be seen, with commas: {', '.join(KINDS)}"),
+}
 OPTIONS = {"config.options.NAME": Flag(str, ..., "the method's own knobs; --list shows them")}  # stands for them all
 
 
@@ -53,11 +58,11 @@ class Parsed(NamedTuple):
     values: dict[str, Any]  # of every flag but the fields
 
 
-def parse(argv: list[str], own: dict[str, Flag] = FLAGS) -> Parsed:
+def parse(argv: list[str], own: dict[str, Flag] = OWN) -> Parsed:
     """The command line as values; argv[0] is the program. UsageError if it asks for what is not there.
 
-    own: the flags beside the fields of a task, for a script whose flags are not those of FLAGS ("stop_after" may be
-    missing). jax is imported only once everything else was found good, to read the method's options.
+    own: the flags beside the fields of a task, for a script whose flags are not those of OWN ("stop_after" and "sinks"
+    may be missing). jax is imported only once everything else was found good, to read the method's options.
     """
     for argument in argv[1:]:
         if not argument.isprintable() and argument != argument.encode(errors="ignore").decode():
@@ -81,6 +86,8 @@ def parse(argv: list[str], own: dict[str, Flag] = FLAGS) -> Parsed:
         raise UsageError(f"workdir is '{workdir}', which is no folder")
     if (values.get("stop_after") or 0) > LARGEST_INT:
         raise UsageError(f"stop_after is {values['stop_after']}; it must be at most {LARGEST_INT}")
+    if unknown := [name for name in values.get("sinks", ()) if name not in KINDS]:
+        raise UsageError(nearest("sink", unknown[0], KINDS))
     go_on = shlex.join([sys.orig_argv[0], *command.take(argv, "stop_after")[1]])
     return Parsed(show, task, config, workdir, values["data_dir"], values.get("stop_after"), go_on, values)
 
@@ -106,7 +113,7 @@ def _algorithms() -> dict[str, Callable]:
     return ALGORITHMS
 
 
-def help_text(asked: Parsed, about: str | None = __doc__, own: dict[str, Flag] = FLAGS) -> str:
+def help_text(asked: Parsed, about: str | None = __doc__, own: dict[str, Flag] = OWN) -> str:
     """Every flag with its help; the values shown are those of the chosen task and its overrides."""
     lines = [command.help_text(about or "", own), "", f"Fields of a task, with their values in {asked.task}:"]
     for name, field in FIELDS.items():
@@ -138,7 +145,7 @@ def failures() -> tuple:
     """What a run can fail of; loads jax."""
     from fedmetanas_jax.build import FAILURES
 
-    return FAILURES
+    return *FAILURES, SinkError
 
 
 def main(argv: list[str]) -> int:
@@ -148,11 +155,14 @@ def main(argv: list[str]) -> int:
         asked = parse(argv)
         if asked.show != "run":
             return command.show(help_text(asked) if asked.show == "help" else list_text())
-        from fedmetanas_jax import build
-
-        command.show(f"{asked.task} with {asked.config.method} in {asked.workdir}")
         names = ("task", "workdir", "data_dir", "stop_after", "command")
-        build.run(asked.config, **{name: getattr(asked, name) for name in names})
+        config, how = asked.config, {name: getattr(asked, name) for name in names}
+        shown = Run(f"{asked.task}-{config.method}-{config.seed}", to_dict(config), asked.workdir)
+        with Sinks(asked.values["sinks"], shown) as sinks:
+            from fedmetanas_jax import build
+
+            command.show(f"{asked.task} with {config.method} in {asked.workdir}")
+            build.run(config, **how, sinks=sinks)
 
     with interruptible():  # from before jax is loaded; the run shares it
         return command.exit_status(answer, failures)

@@ -19,6 +19,7 @@ from fedmetanas_jax.engine.course import Course
 from fedmetanas_jax.engine.interrupt import interruptible
 from fedmetanas_jax.engine.programs import Conduct
 from fedmetanas_jax.engine.progress import Progress
+from fedmetanas_jax.engine.sinks import NONE, Sinks
 
 
 class Outcome(NamedTuple):
@@ -42,11 +43,13 @@ def run(
     go_on: str = "the same command",
     identity: dict | None = None,
     accepted: Callable[[], None] = lambda: None,
+    sinks: Sinks = NONE,
 ) -> Outcome | None:
     """Runs or resumes the phases in `workdir`.
 
     identity: of this run, for its checkpoints (see `identity.of`). accepted: called once nothing speaks against the run
-    any more, before its first round. Returns None where `stop_after` rounds of this call ended before the last one.
+    any more, before its first round. sinks: where else the records go; whoever made them ends them.
+    Returns None where `stop_after` rounds of this call ended before the last one.
     Leaves records.jsonl and checkpoints/. Raises NonFiniteError, CheckpointError, WorkdirError where the records do
     not fit the checkpoint, OSError, and KeyboardInterrupt once Ctrl-C (or another signal) was obeyed.
     """
@@ -66,6 +69,7 @@ def run(
             for note in notes:
                 show.say(note)
             course.programs.say = show.say
+            sinks.begin(past, show.say)
             while course.done < conduct.rounds:
                 if interrupt.signal is not None or course.done >= limit:
                     if course.done > start:  # else there is nothing new to save
@@ -85,6 +89,7 @@ def run(
                 for line in lines:
                     records.append(log, line)
                     show.round(line)
+                    sinks.record(line)
                 if course.done == conduct.rounds or course.done % conduct.checkpoint_every == 0:
                     course.save()
     # Once more as strictly as on resuming: in a long run somebody may have moved the file away.
