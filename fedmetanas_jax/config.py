@@ -12,7 +12,7 @@ from fedmetanas_jax.options import LARGEST_INT, UsageError, brief, fits, nearest
 
 # Far above what anybody needs, and below what takes minutes of silence or all memory before the first message.
 MOST_CLIENTS, MOST_BATCH, MOST_DEVICES = 200_000, 65_536, 4_096
-MOST_WIDTH, MOST_CELLS, MOST_NODES = 65_536, 1_000, 64
+MOST_WIDTH, MOST_CELLS, MOST_NODES = 65_536, 1_000, 16
 LEAST_CONCENTRATION = 1e-6  # as data/partition.py, which says why
 SIZED = ("dirichlet", "dirichlet_disjoint", "plato", "iid")  # partitions with as many images a client as asked for
 PARTITIONS = ("dirichlet", "dirichlet_disjoint", "plato", "label_skew", "iid", "natural")

@@ -22,7 +22,7 @@ WRONG = {
     "long": (json.dumps({"normal": [[[1] * 50_000]]}).encode(), "..."),
     "large": (b" " * (2**24 + 1), "it is too large for one"),
     "zeros": (b"\0" * 9, "the genotype is not JSON"),
-    "wide": (json.dumps({"normal": [NODE] * 65, "reduce": [NODE] * 65}).encode(), "have 65 nodes; at most 64"),
+    "wide": (json.dumps({"normal": [NODE] * 17, "reduce": [NODE] * 17}).encode(), "have 17 nodes; at most 16"),
     "part": (b'{"normal_' + b"1" * 5000 + b'": [[["none", 0]]]}', "holds no genotype: Exceeds the limit"),
 }
 
