@@ -194,7 +194,7 @@ def test_a_damaged_partition_is_one_line(tmp_path, change, said):
     path.write_bytes(changed if isinstance(changed, bytes) else changed.encode())
     message = refusal(DataError, partition=str(path))
     assert said in message
-    assert str(path) in message
+    assert str(path)[:60] in message  # which may be cut
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_the_name_of_a_partition():
         validate(config(partition="natrual"))
     with pytest.raises(UsageError, match="config.partition is .*at most 255 bytes"):
         validate(config(partition="x" * 300 + ".json"))
-    validate(config(partition="natural", clients=10**6, train_size=2148))  # its sizes are what they are
+    validate(config(partition="natural", clients=200_000, train_size=10_740))  # its sizes are what they are
 
 
 def test_mnists_owners_are_cut_as_its_images_are(monkeypatch):

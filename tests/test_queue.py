@@ -14,9 +14,17 @@ from study.tables import Request, document
 ROWS = ("fedavg", "fedrep", "perfedrlnas")
 
 
+RUN = partial(toy_study.run, pause=0.02)
+SLOW = partial(toy_study.run, pause=60)  # of those that will be killed, in the middle of a run
+
+
 def _work(path, runs):
-    worker.build.run = partial(toy_study.run, pause=0.03)
     worker.work(worker.Study(path), runs, None, lambda text: None)
+
+
+def _work_apart(path, runs, run):
+    worker.build.run = run  # of a process of its own
+    _work(path, runs)
 
 
 def _table(path, request) -> str:
@@ -24,7 +32,8 @@ def _table(path, request) -> str:
     return json.dumps(made, sort_keys=True)
 
 
-def test_a_study_that_was_disturbed_has_the_tables_of_one_that_was_not(tmp_path):
+def test_a_study_that_was_disturbed_has_the_tables_of_one_that_was_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(worker.build, "run", RUN)
     request = Request(1, "minutes", ROWS, ("digits:dir0.1",), (1, 2, 3, 4), {"rounds": 4}, "")
     runs = list(request.runs().values())
     context = multiprocessing.get_context("forkserver")  # forked before jax has threads, and imported once
@@ -33,17 +42,23 @@ def test_a_study_that_was_disturbed_has_the_tables_of_one_that_was_not(tmp_path)
     _work(calm, runs)
 
     plan.write(disturbed, runs)
-    workers = [context.Process(target=_work, args=(disturbed, runs)) for _ in range(4)]
-    for one in workers:
+    victims, others = (
+        [context.Process(target=_work_apart, args=(disturbed, runs, run)) for _ in range(2)] for run in (SLOW, RUN)
+    )
+    for one in victims:
         one.start()
     study = worker.Study(disturbed)
-    for victim in workers[:2]:
-        while victim.pid not in {held["pid"] for held in study.claims.held().values()} and victim.is_alive():
-            time.sleep(0.005)  # in the middle of a run
+    _until(lambda: {held["pid"] for held in study.claims.held().values()} == {victim.pid for victim in victims})
+    taken = [run for run in runs if run.name in study.claims.held()]
+    _until(lambda: all(study.rounds(run) for run in taken))
+    for one in others:
+        one.start()
+    _until(lambda: len(study.claims.held()) > 2 or any(study.finished(run) for run in runs))
+    for victim in victims:
         os.kill(victim.pid, signal.SIGKILL)
         victim.join()
-    assert not {held["pid"] for held in study.claims.held().values()} & {victim.pid for victim in workers[:2]}
-    for one in workers[2:]:
+    assert not {held["pid"] for held in study.claims.held().values()} & {victim.pid for victim in victims}
+    for one in others:
         one.join(60)
         assert one.exitcode == 0
     damaged = study.workdir(runs[5]) / "result.json"
@@ -52,3 +67,11 @@ def test_a_study_that_was_disturbed_has_the_tables_of_one_that_was_not(tmp_path)
     _work(disturbed, runs)
     assert _table(disturbed, request) == _table(calm, request)
     assert study.claims.held() == {}
+
+
+def _until(condition) -> None:
+    for _ in range(6000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not come to that in a minute")
