@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
         if asked["figure"] not in (*FIGURES, "all"):
             raise UsageError(nearest("figure", asked["figure"], [*FIGURES, "all"]))
         wanted = FIGURES.values() if asked["figure"] == "all" else [FIGURES[asked["figure"]]]
-        rest = [argument for argument in argv if not argument.lstrip("-").startswith("figure")]
+        _, rest = command.take(argv, "figure")
         return tables.make(*tables.parse([*rest, f"--table={','.join(map(str, wanted))}"]), write=draw)
 
     return command.exit_status(answer, failures)

@@ -47,6 +47,7 @@ FLAGS = {
     "data_dir": Flag(str, None, "where NAME.npz are; else $FEDMETANAS_DATA, else ~/.cache/fedmetanas_jax/data"),
     "help": command.HELP,
 }
+READS = ("read", "nowait", "retry")  # flags that change nothing of what a table has
 say = partial(print, flush=True)
 
 
@@ -81,7 +82,9 @@ def parse(argv: list[str]) -> tuple[dict, list]:
     for name in ("methods", "columns", "seeds"):
         if len(set(asked[name])) < len(asked[name]):
             raise UsageError(f"--{name} names something twice: {command.written(asked[name])}")
-    scale, line = SCALES[asked["scale"]], shlex.join(["python", "experiments/tables.py", *argv[1:]])
+    scale = SCALES[asked["scale"]]
+    makes = [text for text in argv[1:] if text.lstrip("-") not in READS]  # what a table says that it was made by
+    line = shlex.join(["python", "experiments/tables.py", *makes])
     asked["study"] = parse_path("study", asked["study"] or f"runs/study-{asked['scale']}")
     asked["out"] = parse_path("out", asked["out"] or f"docs/results/{asked['scale']}")
     requests = []

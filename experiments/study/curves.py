@@ -3,18 +3,21 @@
 Figures 3 and 4 of the paper are those of Tables 1 and 2.
 """
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from study.columns import head
 from study.paper import label
 from study.tables import Request
 from study.worker import Study
 
 # Okabe and Ito's, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999933")
-AXES = {"seconds": ("hours in rounds", 3600.0), "round": ("round", 1.0)}
+UNITS = ((3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
+WIDE = 60  # letters of the title over a panel
 
 
 def averaged(curves: Sequence[dict]) -> list[dict[str, np.ndarray]]:
@@ -44,23 +47,27 @@ def draw(study: Study, request: Request, title: str, path: Path) -> list[str]:
     runs, empty = request.runs(), []
     figure = Figure(figsize=(6 * len(request.columns), 8), layout="constrained")
     panels = figure.subplots(2, len(request.columns), squeeze=False)
-    figure.suptitle(title)
+    figure.suptitle(textwrap.fill(title, WIDE * len(request.columns)))
     for place, column in enumerate(request.columns):
+        drawn = []
         for colour, row in zip(COLOURS * len(request.rows), request.rows, strict=False):
             found = [study.finished(runs[row, column, seed]) for seed in request.seeds]
             curves = [one["curve"] for one in found if one is not None]
             parts = averaged(curves)
             if not parts:
                 empty.append(f"{row}, {column}")
-            for number, part in enumerate(parts):
-                last = number == len(parts) - 1
-                how = {"color": colour, "label": f"{label(row)} (n = {len(curves)})" if last else None}
-                for panel, (axis, (name, unit)) in zip(panels[:, place], AXES.items(), strict=True):
-                    x, mean, std = part[axis] / unit, 100 * part["mean"], 100 * part["std"]
-                    panel.plot(x, mean, linestyle="-" if last else "--", marker="." if len(x) < 3 else None, **how)
-                    panel.fill_between(x, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
-                    panel.set(xlabel=name, ylabel="server accuracy, percent", title=column)
-        for panel in panels[:, place]:
+            named = f"{label(row)} (n = {len(curves)})"
+            drawn += [(part, colour, named if part is parts[-1] else None) for part in parts]
+        longest = max((part["seconds"][-1] for part, *_ in drawn), default=0.0)
+        unit, name = next((pair for pair in UNITS if longest >= pair[0]), UNITS[-1])
+        for panel, axis in zip(panels[:, place], ("seconds", "round"), strict=True):
+            for part, colour, named in drawn:
+                x, mean, std = part[axis] / (unit if axis == "seconds" else 1), 100 * part["mean"], 100 * part["std"]
+                marker, line = "." if len(x) < 3 else None, "-" if named else "--"
+                panel.plot(x, mean, color=colour, linestyle=line, marker=marker, label=named)
+                panel.fill_between(x, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
+            panel.set(xlabel=f"{name} in rounds" if axis == "seconds" else axis, title=head(column))
+            panel.set_ylabel("server accuracy, percent")
             panel.grid(alpha=0.3)
             if panel.lines:
                 panel.legend(fontsize="small")
