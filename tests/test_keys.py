@@ -88,11 +88,16 @@ class Keys:
         if args and args[0] is not None and name == "slice":
             edges = zip(how["start_indices"], how["limit_indices"], strict=True)
             return [args[0][tuple(slice(*edge) for edge in edges)]]
+        if args and args[0] is not None and name == "unstack":  # from JAX 0.11 on
+            return list(np.moveaxis(args[0], how["axis"], 0))
         assert not any(is_key(x) for x in (*eqn.invars, *eqn.outvars)), f"{name} is not followed"
         return unknown
 
     def _scan(self, how, args) -> list:
-        fixed, carried = how["num_consts"], how["num_carry"]
+        if "num_consts" in how:
+            fixed, carried = how["num_consts"], how["num_carry"]
+        else:  # JAX 0.11 has them as trees: constants, carry, what is gone through
+            fixed, carried = (len(part) for part in how["ft_in"].unpack()[:2])
         consts, carry, xs = args[:fixed], args[fixed : fixed + carried], args[fixed + carried :]
         for i in range(how["length"]):
             here = [None if x is None else x[i] for x in xs]
