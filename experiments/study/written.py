@@ -93,7 +93,8 @@ def _differences(document: dict) -> list[str]:
     return [
         "## Differences, seeds paired",
         table(columns, rows),
-        "Called better or worse only where the interval excludes zero and there are five seeds or more.",
+        "Called better or worse only where the interval excludes zero and there are five seeds or more. Of five seeds "
+        "such an interval is somewhat narrower than 95 %.",
     ]
 
 
