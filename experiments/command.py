@@ -114,6 +114,27 @@ def _named(error: OSError) -> OSError:
     return type(error)(error.errno, error.strerror, "<stdout>")
 
 
+def named(argv: list[str], *names: str) -> list[str]:
+    """argv with its first arguments, as far as they are no flags, as --NAME=VALUE; argv[0] is the program."""
+    program, *rest = argv
+    for place, (name, argument) in enumerate(zip(names, rest, strict=False)):
+        if argument.startswith("-"):
+            break
+        rest[place] = f"--{name}={argument}"
+    return [program, *rest]
+
+
+def run(argv: list[str], parse: Callable, action: Callable, about: str, flags: dict[str, Flag], failures) -> int:
+    """A script: shows its help, or does parse(argv) and action of that and argv -> the exit status. failures: as
+    `exit_status` has it."""
+
+    def answer() -> int | None:
+        asked = parse(argv)
+        return show(help_text(about, flags)) if asked["help"] else action(asked, argv)
+
+    return exit_status(answer, failures)
+
+
 def exit_status(action: Callable[[], int | None], failures: Callable[[], tuple] = tuple) -> int:
     """Does it -> the exit status, which is the action's own unless it raises, or its output cannot be written.
 

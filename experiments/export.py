@@ -1,7 +1,7 @@
 """A finished run's network in the formats of others, each read back and compared with it.
 
     python experiments/export.py runs/digits_dir01-fedmetanas                     # all formats, beside network.npz
-    python experiments/export.py runs/mine --to=onnx,pytorch --out=/tmp/exported
+    python experiments/export.py runs/mine --to=onnx,pytorch --out=exported
 
 onnx         network.onnx, for ONNX Runtime and whatever else reads it
 stablehlo    network.stablehlo, a `jax.export` for any number of images
@@ -51,10 +51,7 @@ class ExportError(ValueError):
 
 def parse(argv: list[str]) -> dict:
     """FLAGS as values; argv[0] is the program. UsageError for what makes no sense."""
-    program, *rest = argv
-    if rest and not rest[0].startswith("-"):
-        rest[0] = f"--run={rest[0]}"
-    asked = command.read([program, *rest], FLAGS)
+    asked = command.read(command.named(argv, "run"), FLAGS)
     if asked["help"]:
         return asked
     if not asked["run"]:
@@ -125,15 +122,7 @@ def export(asked: dict, argv: list[str]) -> None:
 
 def main(argv: list[str]) -> int:
     """argv (argv[0] is the program) -> the exit status."""
-
-    def answer() -> None:
-        asked = parse(argv)
-        if asked["help"]:
-            say(command.help_text(__doc__, FLAGS))
-        else:
-            export(asked, argv)
-
-    return command.exit_status(answer, lambda: (*failures(), ExportError))
+    return command.run(argv, parse, export, __doc__, FLAGS, lambda: (*failures(), ExportError))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,16 @@ from fedmetanas_jax.engine.interrupt import interruptible
 from fedmetanas_jax.engine.sink_kinds import KINDS, Run, SinkError
 from fedmetanas_jax.engine.sinks import Sinks
 from fedmetanas_jax.environment import jax_variables
-from fedmetanas_jax.options import LARGEST_INT, UsageError, nearest, option_types, parse_options, parse_path, wanted
+from fedmetanas_jax.options import (
+    LARGEST_INT,
+    UsageError,
+    default_options,
+    nearest,
+    option_types,
+    parse_options,
+    parse_path,
+    wanted,
+)
 from fedmetanas_jax.tasks import TASKS
 
 FLAGS = {
@@ -101,9 +110,8 @@ def _with_options(config: Config, task_method: str, texts: dict[str, str]) -> Co
     if config.method not in algorithms:
         raise UsageError(nearest("method", config.method, algorithms))
     factory = algorithms[config.method]
-    defaults = {name: default for name, (_, default) in option_types(factory).items()}
     from_task = config.options if config.method == task_method else {}
-    return dataclasses.replace(config, options=defaults | from_task | parse_options(factory, texts))
+    return dataclasses.replace(config, options=default_options(factory) | from_task | parse_options(factory, texts))
 
 
 def _algorithms() -> dict[str, Callable]:

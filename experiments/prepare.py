@@ -50,13 +50,7 @@ class Asked(NamedTuple):
 
 def parse(argv: list[str]) -> Asked | None:
     """argv[0] is the program -> None for --help. UsageError for what makes no sense."""
-    program, *rest = argv
-    for place, flag in enumerate(("folder", "name")):
-        if len(rest) > place and not rest[place].startswith("-"):
-            rest[place] = f"--{flag}={rest[place]}"
-        else:
-            break
-    values = command.read([program, *rest], FLAGS)
+    values = command.read(command.named(argv, "folder", "name"), FLAGS)
     if values["help"]:
         return None
     if values["folder"] is None or values["name"] is None:

@@ -30,10 +30,7 @@ say = partial(print, flush=True)
 
 def parse(argv: list[str]) -> dict:
     """FLAGS as values; argv[0] is the program. UsageError for what makes no sense."""
-    program, *rest = argv
-    if rest and not rest[0].startswith("-"):
-        rest[0] = f"--study={rest[0]}"
-    asked = command.read([program, *rest], FLAGS)
+    asked = command.read(command.named(argv, "study"), FLAGS)
     if asked["help"]:
         return asked
     if asked["study"] is None:
@@ -72,15 +69,7 @@ def report(asked: dict, argv: list[str]) -> None:
 
 def main(argv: list[str]) -> int:
     """argv (argv[0] is the program) -> the exit status."""
-
-    def answer() -> None:
-        asked = parse(argv)
-        if asked["help"]:
-            say(command.help_text(__doc__, FLAGS))
-        else:
-            report(asked, argv)
-
-    return command.exit_status(answer, failures)
+    return command.run(argv, parse, report, __doc__, FLAGS, failures)
 
 
 if __name__ == "__main__":

@@ -133,15 +133,7 @@ def compare(asked: dict, argv: list[str]) -> None:
 
 def main(argv: list[str]) -> int:
     """argv (argv[0] is the program) -> the exit status."""
-
-    def answer() -> None:
-        asked = parse(argv)
-        if asked["help"]:
-            say(command.help_text(__doc__, FLAGS))
-        else:
-            compare(asked, argv)
-
-    return command.exit_status(answer, failures)
+    return command.run(argv, parse, compare, __doc__, FLAGS, failures)
 
 
 if __name__ == "__main__":

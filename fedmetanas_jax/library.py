@@ -9,11 +9,12 @@ import numpy as np
 
 from fedmetanas_jax import build
 from fedmetanas_jax.algorithms import ALGORITHMS
-from fedmetanas_jax.config import Config
+from fedmetanas_jax.config import Config, validate
 from fedmetanas_jax.data import sources
+from fedmetanas_jax.data.dataset import checked
 from fedmetanas_jax.engine import records
 from fedmetanas_jax.network import Network, load
-from fedmetanas_jax.options import UsageError, nearest, option_types
+from fedmetanas_jax.options import UsageError, default_options, nearest
 from fedmetanas_jax.tasks import TASKS
 
 NAME = "images"  # of the data set in a workdir
@@ -50,13 +51,15 @@ def search(
 
     images uint8 [n, h, w, c], labels integers [n] from 0. Without test images a fifth of the images, drawn by the seed,
     is kept for that. task: whose Config is started from; fields: those of Config that differ (clients=20, rounds=30);
-    options: the method's own knobs. Raises one of `build.FAILURES`: UsageError for what makes no sense, before anything
-    is written; KeyboardInterrupt once the run is saved.
+    options: the method's own knobs. Raises one of `build.FAILURES`: UsageError or DataError for what makes no sense,
+    before anything is written; KeyboardInterrupt once the run is saved.
     """
     config = _config(task, method, options or {}, fields)
     if (test_images is None) != (test_labels is None):
         raise UsageError("test_images and test_labels belong together: give both, or neither")
     arrays = {name: np.asarray(x) for name, x in (("train_images", images), ("train_labels", labels))}
+    if not (arrays["train_images"].ndim and arrays["train_labels"].ndim):
+        raise UsageError("images are to be [n, h, w, c] and labels [n]")
     if len(arrays["train_images"]) != len(arrays["train_labels"]):
         raise UsageError(f"there are {len(images)} images, but {len(labels)} labels")
     if test_images is None:
@@ -68,6 +71,7 @@ def search(
         arrays |= {"test_images": np.asarray(test_images), "test_labels": np.asarray(test_labels)}
     if label_names is not None:
         arrays["label_names"] = np.array(label_names)
+    checked("what was given", arrays, None)  # before it takes the place of anything
     workdir = Path(workdir)
     sources.write(workdir / "data" / f"{NAME}.npz", arrays)
     build.run(config, task=task, workdir=workdir, data_dir=workdir / "data", command="the same call")
@@ -90,10 +94,10 @@ def _config(task: str, method: str | None, options: dict, fields: dict) -> Confi
     method = base.method if method is None else method
     if method not in ALGORITHMS:
         raise UsageError(nearest("method", method, ALGORITHMS))
-    defaults = {name: default for name, (_, default) in option_types(ALGORITHMS[method]).items()}
+    defaults = default_options(ALGORITHMS[method])
     if unknown := [name for name in options if name not in defaults]:
         raise UsageError(nearest(f"{method} option", unknown[0], defaults))
     of_task = base.options if method == base.method else {}
-    return dataclasses.replace(
-        base, method=method, dataset=NAME, options=defaults | of_task | options, **fields
-    )
+    config = dataclasses.replace(base, method=method, dataset=NAME, options=defaults | of_task | options, **fields)
+    validate(config)
+    return config

@@ -146,6 +146,11 @@ def option_types(factory: Callable) -> dict[str, tuple[Any, Any]]:
     return {name: knob for name, knob in knobs.items() if _readable(knob[0])}
 
 
+def default_options(factory: Callable) -> dict[str, Any]:
+    """Every knob of a method with its default, so that the record of a run leaves none unsaid."""
+    return {name: default for name, (_, default) in option_types(factory).items()}
+
+
 def parse_options(factory: Callable, texts: dict[str, str]) -> dict[str, Any]:
     """Typed values of the knobs named in `texts`. UsageError for an unknown knob or a wrong value."""
     known, values = option_types(factory), {}

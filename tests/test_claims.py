@@ -24,6 +24,21 @@ def test_a_run_has_one_owner_until_it_is_released(tmp_path):
     assert second.take("a-dir0.1").deaths == 0
 
 
+def test_who_looks_makes_nothing(tmp_path):
+    looked = Claims(tmp_path / "mistyped")
+    assert looked.held() == {}
+    assert not (tmp_path / "mistyped").exists()
+
+
+@pytest.mark.parametrize("said", ["", "[]", '{"pid": "x"}', '{"here": 5}'])
+def test_a_damaged_claim_is_void_by_its_age(said, tmp_path):
+    path = tmp_path / "run.1"
+    path.write_text(said)
+    assert Claims(tmp_path).take("run") is None
+    os.utime(path, (0, 0))
+    assert Claims(tmp_path).take("run").deaths == 1
+
+
 def _race(folder, start, won):
     start.wait()
     claim = Claims(folder).take("run")

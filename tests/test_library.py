@@ -59,11 +59,14 @@ def test_test_images_of_ones_own_are_taken_as_they_are(asked, tmp_path):
         ({"options": {"N": 1}}, "no fedmetanas option 'N'"),
         ({"test_images": IMAGES}, "belong together"),
         ({"labels": LABELS[:9]}, "there are 50 images, but 9 labels"),
+        ({"labels": 5}, "images are to be"),
+        ({"rounds": 0}, "config.rounds is 0; it must be at least 1"),
+        ({"labels": LABELS / 2}, "train_labels is float64"),
     ],
 )
 def test_what_cannot_be_is_said_and_leaves_nothing(how, message, tmp_path):
     labels = how.pop("labels", LABELS)
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises((UsageError, sources.DataError), match=message):
         fm.search(IMAGES, labels, workdir=tmp_path / "run", **how)
     assert not (tmp_path / "run").exists()
 

@@ -162,6 +162,7 @@ def test_damaged_files_are_set_aside_and_the_run_begins_anew(fake, tmp_path, mon
 def test_a_run_that_processes_die_on_counts_as_failed(fake, tmp_path):
     study, runs = worker.Study(tmp_path), toy_study.runs(seeds=(1,))
     gone = json.dumps({"here": "elsewhere", "pid": 1, "started": ""})
+    (tmp_path / "claims").mkdir()
     for number in range(1, worker.DEATHS + 1):
         path = tmp_path / "claims" / f"{runs[0].name}.{number}"
         path.write_text(gone)

@@ -85,13 +85,13 @@ class Claims:
 
     def __init__(self, folder: Path, lease: float = LEASE):
         self.folder, self.lease = folder, lease
-        folder.mkdir(parents=True, exist_ok=True)
 
     def take(self, run: str, lost: Callable[[], None] = lambda: None) -> Claim | None:
         """The run, if nobody has it. OSError where the folder cannot be written."""
         number = max(self._numbers(run), default=0)
         if number and self._alive(self.folder / f"{run}.{number}"):
             return None
+        self.folder.mkdir(parents=True, exist_ok=True)  # only here: who looks at a study makes nothing
         path = self.folder / f"{run}.{number + 1}"
         try:
             file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
@@ -104,7 +104,7 @@ class Claims:
 
     def held(self) -> dict[str, dict]:
         """{run: {"host", "pid", "since", in seconds since 1970}} of all that are being worked on."""
-        runs = {path.stem for path in self.folder.iterdir() if path.suffix[1:].isdigit()}
+        runs = {path.stem for path in self.folder.glob("*") if path.suffix[1:].isdigit()}
         found = {}
         for run in sorted(runs):
             path = self.folder / f"{run}.{max(self._numbers(run), default=0)}"
@@ -132,10 +132,11 @@ class Claims:
 
     @staticmethod
     def _said(path: Path) -> dict:
-        """What its owner wrote; {} in the moment before."""
+        """What its owner wrote; {} in the moment before, or where somebody has damaged it."""
         try:
-            return json.loads(path.read_text())
-        except (OSError, ValueError):
+            said = json.loads(path.read_text())
+            return said if isinstance(said["pid"], int) else {}
+        except (OSError, ValueError, KeyError, TypeError):
             return {}
 
     def _now(self) -> float:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from fedmetanas_jax.config import MAY_CHANGE, Config, from_dict, to_dict, validate
 from fedmetanas_jax.engine.identity import fixed
 from fedmetanas_jax.files import to_json, write_json
-from fedmetanas_jax.options import UsageError, nearest, option_types, parse_options, parse_value
+from fedmetanas_jax.options import UsageError, default_options, nearest, option_types, parse_options, parse_value
 from study import columns
 from study.scales import Scale
 
@@ -41,7 +41,7 @@ def run(scale: Scale, row: str, column: str, seed: int, overrides: dict) -> Run:
         raise UsageError(f"methods: {nearest('method', method, ALGORITHMS)}")
     factory = ALGORITHMS[method]
     known = option_types(factory)
-    options = {name: default for name, (_, default) in known.items()}
+    options = default_options(factory)
     fields = scale.fields(column.partition(":")[0]) | columns.fields(column)
     given = scale.methods.get(method, {})
     fields |= {name: value for name, value in given.items() if name in FIELDS}

@@ -68,7 +68,7 @@ SCALES = {
         "points, and random networks do as well as those that are searched for (docs/results.md): it does not rank "
         "searches.",
         seeds=(1, 2, 3, 4, 5),
-        base=dataclasses.replace(TASKS["digits_dir01"](), rounds=40, epochs=2, at_once=1, options={}),
+        base=dataclasses.replace(TASKS["digits_dir01"](), rounds=40, epochs=2, at_once=1),
         datasets={},
         methods=TRAVEL | DIGITS_RATES,
         stands_for={"cifar10": "digits"},

@@ -9,6 +9,7 @@ from study.outcome import FIGURES
 from study.page_text import head, overridden
 from study.paper import TABLES
 
+SECONDS = ("seconds", "seconds_compiling", "seconds_to_accuracy", "seconds_to_target")
 OVER_CLIENTS = {"server": "local_std", "own": "own_std", "local": "local_std"}
 
 
@@ -61,9 +62,6 @@ def _rows(document: dict, cells: list[dict]) -> tuple[list[str], list[list[str]]
         row += [f"{printed['hours']:g}" if "hours" in printed else "-"] if hours else []
         rows.append(row)
     return heads, rows
-
-
-SECONDS = ("seconds", "seconds_compiling", "seconds_to_accuracy", "seconds_to_target")
 
 
 def _accuracy(found: dict | None) -> str:
