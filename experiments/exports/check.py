@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from quality import tables
 
 from fedmetanas_jax.network import Network
 
@@ -39,14 +40,13 @@ def compare(network: Network, run: Callable, expected: np.ndarray, images: np.nd
 
 def table(formats: dict[str, dict]) -> str:
     """The figures of all formats, for people."""
-    head = ("format", "files", "bytes", "labels equal", "largest logit difference", "ms an image", "at least", "in")
+    head = ["format", "files", "bytes", "labels equal", "largest logit difference", "ms an image", "at least", "in"]
     rows = [
-        (
+        [
             name, " ".join(one["files"]), f"{one['bytes']:,}", f"{one['labels_equal']} of {one['images']}",
             f"{one['largest_logit_difference']:.1e}", f"{one['milliseconds_one_image']:.2f}",
             f"{one['milliseconds_at_least']:.2f}", one["runtime"],
-        )
+        ]
         for name, one in formats.items()
     ]  # fmt: skip
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
+    return tables.table(head, rows)
