@@ -1,5 +1,8 @@
 """Figures 3 and 4: what is averaged, and that they are drawn of whatever there is."""
 
+import csv
+import json
+
 import figures
 import numpy as np
 import pytest
@@ -39,6 +42,33 @@ def test_the_command_draws_and_says_what_it_could_not(tmp_path, monkeypatch, cap
     assert "no finished run with a server accuracy: perfedrlnas, digits:dir0.1" in capsys.readouterr().out
     for name in ("figure3.png", "figure3.svg"):
         assert (tmp_path / "out" / name).stat().st_size > 5000
+    rows = list(csv.DictReader((tmp_path / "out/figure3.csv").open()))
+    assert {(row["split"], row["method"], row["seed"]) for row in rows} == {
+        ("digits:dir0.1", "fedavg", seed) for seed in "12"
+    }
+    last = rows[-1]
+    result = json.loads(next((tmp_path / "study/runs").glob("fedavg*seed2*/result.json")).read_text())
+    assert (last["round"], float(last["server"])) == ("4", result["server_accuracy"])
+    assert float(last["macs"]) == result["macs"]
+
+
+def test_runs_that_are_not_finished_are_drawn_as_far_as_they_are(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(worker.build, "run", toy_study.run)
+    line = ["figures.py", "--figure=3", "--methods=fedavg", "--seeds=1,2", "--config.rounds=4"]
+    line += [f"--study={tmp_path / 'study'}", f"--out={tmp_path / 'out'}"]
+    assert figures.main([*line, "--unfinished"]) == 2
+    assert "--unfinished needs --read" in capsys.readouterr().err
+    assert figures.main(line) == 0
+    (stopped,) = (tmp_path / "study/runs").glob("fedavg*seed2*")
+    lines = (stopped / "records.jsonl").read_text().splitlines(keepends=True)
+    (stopped / "records.jsonl").write_text("".join(lines[:2]))
+    (stopped / "result.json").unlink()
+    for flags, reached in ((["--read"], {"1": 4}), (["--read", "--unfinished"], {"1": 4, "2": 2})):
+        assert figures.main([*line, *flags]) == 0
+        rows = list(csv.DictReader((tmp_path / "out/figure3.csv").open()))
+        found = {seed: max(int(row["round"]) for row in rows if row["seed"] == seed) for seed in reached}
+        assert found == reached
+        assert {row["seed"] for row in rows} == set(reached)
 
 
 @pytest.mark.parametrize(

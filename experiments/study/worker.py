@@ -19,13 +19,14 @@ import jax
 
 from fedmetanas_jax import build
 from fedmetanas_jax.config import to_dict
+from fedmetanas_jax.engine import records
 from fedmetanas_jax.engine.checkpoint import CheckpointError
 from fedmetanas_jax.engine.interrupt import Interrupt, interruptible
 from fedmetanas_jax.engine.records import RECORDS, InUseError, WorkdirError
 from fedmetanas_jax.files import beside, to_json, write_json
 from fedmetanas_jax.options import UsageError
 from study.claims import Claims
-from study.outcome import outcome
+from study.outcome import curve, outcome
 from study.plan import Run
 
 DEATHS = 5  # processes that may die on a run, as for want of memory, before it counts as failed
@@ -57,6 +58,14 @@ class Study:
             return outcome(run, self.workdir(run))
         except UsageError:
             return None
+
+    def curve(self, run: Run) -> dict | None:
+        """Its learning curve (outcome.curve) as far as it is; None where nothing was measured, or it is damaged."""
+        try:
+            found = curve(records.read(self.workdir(run) / records.RECORDS))
+        except (OSError, ValueError, KeyError, TypeError, records.WorkdirError):
+            return None
+        return found if found["round"] else None
 
     def spent(self, run: Run) -> float | None:
         """Seconds, compiling and evaluating included, that processes worked on it, but for those that were killed."""
