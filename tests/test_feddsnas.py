@@ -93,7 +93,7 @@ def test_the_network_found_is_trained_on_by_the_same_program_and_the_event_costs
         phases, federation(), tmp_path / "run", said, rounds=10, clients=6, cohort=3, epochs=3, eval_every=2
     )
     lines = [line for line in said if isinstance(line, dict)]
-    assert [line["ops_alive"] for line in lines] == [30] * 6 + [10] * 4
+    assert [line["ops_alive"] for line in lines] == [20] * 6 + [10] * 4  # without `none`
     border = lines[5]
     assert border["event_accuracy_before"] == border["event_accuracy_after"] == border["server_accuracy"]
     assert border["server_accuracy"] == border["server_accuracy_discrete"]  # what is evaluated is the child
@@ -103,6 +103,18 @@ def test_the_network_found_is_trained_on_by_the_same_program_and_the_event_costs
     macs = {line["macs"] / line["image_gradients"] for line in lines[6:]}
     assert macs == {3.0 * toy_space(every_edge=True).make(plan).macs}
     assert all(line["macs"] / line["image_gradients"] < 3 * SPACE.make(everything(SPACE)).macs for line in lines[:6])
+
+
+@pytest.mark.parametrize("none", [False, True])
+def test_none_is_a_candidate_where_it_is_asked_for_and_wins_nowhere_else(none):
+    first = feddsnas(toy_space(classes=3), ONE_STEP, none=none)[0]
+    algorithm = first.make(first.enter(None, None, jax.random.key(0))[0])
+    server, _ = algorithm.init(jax.random.key(1))
+    index = SPACE.graph.ops.index("none")
+    ahead = server.alpha._replace(op=server.alpha.op.at[..., index].add(50.0))
+    mix = np.asarray(algorithm.global_model(server._replace(alpha=ahead)).mix)
+    assert (mix.argmax(-1) == index).all() if none else not mix[..., index].any()
+    np.testing.assert_array_equal(mix.sum(-1), 1)
 
 
 def test_a_client_adapts_the_weights_of_the_likeliest_network():
