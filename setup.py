@@ -34,9 +34,15 @@ setup(
         # Only for experiments/export.py and tests/test_export.py; its PyTorch module needs "bench". JAX writes its own
         # exports by flatbuffers, which it does not bring.
         "export": ["flatbuffers>=25.12", "onnx>=1.23", "onnxruntime>=1.32", "safetensors>=0.8"],
+        # Only for differential privacy (config.aggregate=clip:C,gaussian:Z) and its tests, which skip without it. It
+        # wants an attrs below 24.
+        "privacy": ["dp-accounting>=0.6"],
+        # Only for experiments/serve.py, join.py and what tries them; tests/test_deploy*.py skip without it.
+        "deploy": ["grpcio>=1.85", "msgpack>=1.2", "cryptography>=50", "prometheus-client>=0.26"],
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.8",
+            "hypothesis>=6.170",
             "ruff>=0.14",
             "tensorflow-datasets>=4.9.10",
             "array_record>=0.8",

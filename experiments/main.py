@@ -50,6 +50,11 @@ FIELDS = {field.name: field for field in dataclasses.fields(Config) if field.nam
 FIELD_FLAGS = {f"config.{name}": Flag(field.type, ..., field.metadata["help"]) for name, field in FIELDS.items()}
 OWN = FLAGS | {  # of a single run; the others are of scripts that make many as well
     "sinks": Flag(tuple[str, ...], (), f"where else the run is to be seen, with commas: {', '.join(KINDS)}"),
+    "cluster": Flag(bool, False, "one run over all processes that Slurm, Open MPI, a TPU pod or Kubernetes started"),
+    "coordinator": Flag(str, None, "the same for processes started by hand: HOST:PORT of the first one"),
+    "processes": Flag(int, None, "how many they are", least=1),
+    "process": Flag(int, None, "which of them this is, from 0", least=0),
+    "heartbeat": Flag(int, 100, "seconds without a sign of life after which one of them counts as dead", least=10),
 }
 OPTIONS = {"config.options.NAME": Flag(str, ..., "the method's own knobs; --list shows them")}  # stands for them all
 
@@ -97,8 +102,30 @@ def parse(argv: list[str], own: dict[str, Flag] = OWN) -> Parsed:
         raise UsageError(f"stop_after is {values['stop_after']}; it must be at most {LARGEST_INT}")
     if unknown := [name for name in values.get("sinks", ()) if name not in KINDS]:
         raise UsageError(nearest("sink", unknown[0], KINDS))
+    if show == "run" and _in_cluster(values) and config.devices:
+        raise UsageError(
+            f"config.devices is {config.devices}; a run over several processes uses all devices of all of them: "
+            "--config.devices=0"
+        )
     go_on = shlex.join([sys.orig_argv[0], *command.take(argv, "stop_after")[1]])
     return Parsed(show, task, config, workdir, values["data_dir"], values.get("stop_after"), go_on, values)
+
+
+def _in_cluster(values: dict[str, Any]) -> bool:
+    """Whether this is one process of several; of scripts that have no such flags it never is."""
+    coordinator, *numbers = (values.get(name) for name in ("coordinator", "processes", "process"))
+    if coordinator is None:
+        if numbers != [None, None]:
+            raise UsageError("--processes and --process need --coordinator=HOST:PORT")
+        return values.get("cluster", False)
+    host, _, port = coordinator.rpartition(":")
+    if not (host and port.isdecimal() and 0 < int(port) < 65536):
+        raise UsageError(f"coordinator is '{coordinator}'; it must be HOST:PORT, as in node7:8476")
+    if None in numbers:
+        raise UsageError("--coordinator needs --processes=N and --process=I")
+    if numbers[1] >= numbers[0]:
+        raise UsageError(f"process is {numbers[1]}; of {numbers[0]} processes it is from 0 to {numbers[0] - 1}")
+    return True
 
 
 def _with_options(config: Config, task_method: str, texts: dict[str, str]) -> Config:
@@ -156,21 +183,34 @@ def failures() -> tuple:
     return *FAILURES, SinkError
 
 
+def _run(asked: Parsed, sinks: tuple[str, ...]) -> None:
+    names = ("task", "workdir", "data_dir", "stop_after", "command")
+    config, how = asked.config, {name: getattr(asked, name) for name in names}
+    shown = Run(f"{asked.task}-{config.method}-{config.seed}", to_dict(config), asked.workdir)
+    with Sinks(sinks, shown) as sending:
+        from fedmetanas_jax import build
+
+        command.show(f"{asked.task} with {config.method} in {asked.workdir}")
+        build.run(config, **how, sinks=sending)
+
+
 def main(argv: list[str]) -> int:
     """argv (argv[0] is the program) -> the exit status."""
 
-    def answer() -> None:
+    def answer() -> int | None:
         asked = parse(argv)
         if asked.show != "run":
             return command.show(help_text(asked) if asked.show == "help" else list_text())
-        names = ("task", "workdir", "data_dir", "stop_after", "command")
-        config, how = asked.config, {name: getattr(asked, name) for name in names}
-        shown = Run(f"{asked.task}-{config.method}-{config.seed}", to_dict(config), asked.workdir)
-        with Sinks(asked.values["sinks"], shown) as sinks:
-            from fedmetanas_jax import build
+        if not _in_cluster(asked.values):
+            return _run(asked, asked.values["sinks"])
+        with jax_variables():
+            from fedmetanas_jax.engine import hosts, together
+        place = together.Place(*(asked.values[name] for name in together.Place._fields))
 
-            command.show(f"{asked.task} with {config.method} in {asked.workdir}")
-            build.run(config, **how, sinks=sinks)
+        def mine() -> None:
+            _run(asked, asked.values["sinks"] if hosts.leader() else ())
+
+        return together.together(place, mine, lambda action: command.exit_status(action, failures))
 
     with interruptible():  # from before jax is loaded; the run shares it
         return command.exit_status(answer, failures)

@@ -14,7 +14,7 @@ from fedmetanas_jax.config import FILE, MAY_CHANGE, SIZED, Config, to_dict, vali
 from fedmetanas_jax.core import Algorithm, FederatedData, Phase, Setting
 from fedmetanas_jax.data import federated, manifest, natural, partition, picture, sources
 from fedmetanas_jax.data.augment import augmenter
-from fedmetanas_jax.engine import aggregate, identity, records
+from fedmetanas_jax.engine import accountant, aggregate, hosts, identity, privacy, records
 from fedmetanas_jax.engine import run as engine
 from fedmetanas_jax.engine.checkpoint import CheckpointError
 from fedmetanas_jax.engine.claim import claim
@@ -22,6 +22,7 @@ from fedmetanas_jax.engine.interrupt import interruptible
 from fedmetanas_jax.engine.mesh import clients_mesh
 from fedmetanas_jax.engine.programs import Conduct
 from fedmetanas_jax.engine.report import NonFiniteError
+from fedmetanas_jax.engine.round import make_round, state_shapes
 from fedmetanas_jax.engine.sinks import NONE, Sinks
 from fedmetanas_jax.files import write_json
 from fedmetanas_jax.network import NetworkError
@@ -30,7 +31,8 @@ from fedmetanas_jax.options import UsageError
 AHEAD = 20  # rounds in which a GPU is expected to have the next program compiled; the paper-sized events are 21 apart
 # What a user can cause or meet. An OSError on the way is a full disk, a folder that is gone or may not be read.
 FAILURES = (
-    UsageError, sources.DataError, records.WorkdirError, CheckpointError, NonFiniteError, NetworkError, OSError,
+    UsageError, sources.DataError, records.WorkdirError, CheckpointError, NonFiniteError, NetworkError, hosts.HostError,
+    OSError,
 )  # fmt: skip
 
 
@@ -176,8 +178,13 @@ def run(
         phases, chosen = make_phases(config, dataset)
         parts = deal(config, dataset, first_algorithm(phases).least_rows)
         data = federate(config, dataset, parts)
+        check_aggregate(config, conduct, phases, data)
         mine = identity.of(to_dict(config), MAY_CHANGE, data)
-        interrupt.obey()
+        hosts.obey(interrupt.signal)
+        _check_processes(config, mine, stop_after)
+        if not hosts.leader():
+            engine.run(phases, data, conduct, workdir=workdir, mesh=mesh, stop_after=stop_after, identity=mine)
+            return
         with claim(workdir, to_dict(config), print, MAY_CHANGE) as claimed, _hindrances(command):
 
             def accepted() -> None:
@@ -205,6 +212,18 @@ def run(
             if outcome is not None:
                 deliver.finish(config, dataset, chosen, data, outcome, workdir=workdir)
                 sinks.end(outcome.summary)
+
+
+def _check_processes(config: Config, mine: dict, stop_after: int | None) -> None:
+    """UsageError unless every process of the run was asked for the same, has the same data and the same programs."""
+    if not hosts.several():
+        return
+    programs = {name: value for name, value in records.versions().items() if name not in ("python", "cpus")}
+    asked = {"config": to_dict(config), "stop_after": stop_after}
+    first, *others = hosts.everyones(asked | {"data": mine["data"], "versions": programs})
+    for number, other in enumerate(others, 1):
+        if differs := identity.differences(first, other):
+            raise UsageError(f"process {number} is of another run than process 0 of the same cluster: {differs}")
 
 
 @contextlib.contextmanager
@@ -243,6 +262,18 @@ def make_conduct(config: Config) -> Conduct:
     if conduct.compile_ahead < 0:
         conduct = conduct._replace(compile_ahead=0 if _on_cpu() else AHEAD)
     return conduct
+
+
+def check_aggregate(config: Config, conduct: Conduct, phases: list[Phase], data: FederatedData) -> None:
+    """UsageError where the aggregate is wrong for this run. One that may be is tried out on shapes alone."""
+    stages = conduct.aggregate
+    if stages.noise is not None:
+        accountant.library()
+        privacy.check_run(stages.noise, phases, config.bn_eval)
+    if stages.noise is not None or stages.by_rank:
+        algorithm = first_algorithm(phases)
+        step = make_round(algorithm, cohort_size=config.cohort, at_once=1, aggregate=stages)
+        jax.eval_shape(step, state_shapes(algorithm, config.clients), data, jnp.int32(1))
 
 
 def _on_cpu() -> bool:

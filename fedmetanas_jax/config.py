@@ -71,8 +71,9 @@ class Config:
     finetune_lr: float = _field(0.01, "of the plain SGD by which a client personalises a fixed network (D-27)", least=0)
     aggregate: str = _field(
         "mean",
-        "how clients' changes become one: mean; before it, with commas between, finite:N (leave out replies that are "
-        "not finite, up to N in the run) and clip:C[:C_ALPHA[:C_STATS]] (largest norms of a client's change)",
+        "how clients' changes become one: mean, median or trimmed:SHARE; before it, with commas between, finite:N "
+        "(leave out replies that are not finite, up to N in the run) and clip:C[:C_ALPHA[:C_STATS]] (largest norms of "
+        "a client's change); or clip:C[:C_ALPHA[:C_STATS]],gaussian:Z[:DELTA] (differential privacy, multiplier Z)",
     )
 
     space: Literal["darts", "nasbench201"] = _field("darts", "the search space of methods that search")

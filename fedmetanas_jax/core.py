@@ -138,6 +138,16 @@ class Aggregate(NamedTuple):
     apply: Callable  # (change [cohort, ...], weight [cohort], NaN = not finite, key) -> (change, weight, metrics)
     leaves_out: bool = False  # whether it may set a weight to 0; where it cannot, the round need not keep what was
     allowed: int = 0  # replies that may be left out for not being finite, in the whole run, before it stops
+    by_rank: bool = False  # whether a number is judged by its rank among all clients', so that all must have learnt it
+    noise: "Noise | None" = None  # of differential privacy, if there is any
+
+
+class Noise(NamedTuple):
+    """What the mean of the changes is hidden in; see engine/privacy.py."""
+
+    multiplier: float  # Z: its standard deviation is Z times what one client can add to the mean
+    delta: float | None  # of the guarantee; None: 1 / clients
+    stats: bool  # whether batch-norm statistics are part of it; else they are kept out
 
 
 class Setting(NamedTuple):

@@ -25,8 +25,10 @@ def finish(
 ) -> None:
     """Writes result.json and, of a method with a network that serves everybody, what that network is."""
     algorithm, summary = outcome.algorithm, outcome.summary
-    majority = json.loads((workdir / "partition.json").read_text())["majority_accuracy"]
-    summary |= {"majority_class_local_accuracy": majority, "versions": versions()}
+    if (workdir / "partition.json").exists():  # else nobody here knows what clients hold
+        majority = json.loads((workdir / "partition.json").read_text())["majority_accuracy"]
+        summary["majority_class_local_accuracy"] = majority
+    summary["versions"] = versions()
     served = algorithm.discrete_model or algorithm.global_model
     if served is not None:
         net = served(outcome.state.server)
@@ -96,7 +98,8 @@ def _last_words(summary: dict, workdir: Path) -> str:
         "after pruning": summary.get("server_accuracy_discrete"),
         "local accuracy": summary.get("local_accuracy", {}).get("mean"),
         "adapted": summary.get("local_accuracy_adapted", {}).get("mean"),
-        "majority class": summary["majority_class_local_accuracy"],
+        "majority class": summary.get("majority_class_local_accuracy"),
+        "epsilon": summary.get("epsilon"),
     }
     figures = [f"{name} {value:.4f}" for name, value in named.items() if value is not None]
     return f"{', '.join(figures)}\nall of it is in {workdir}: result.json, curves.png, network.npz, ..."

@@ -84,7 +84,13 @@ def test_a_stage_after_the_mean_sees_one_change():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("median", "no stage 'median'; there are mean, finite, clip"),
+        ("mode", "no stage 'mode'; there are mean, median, trimmed, gaussian, finite, clip"),
+        ("median:1", "median takes no numbers"),
+        ("trimmed", "trimmed takes the share of the clients"),
+        ("trimmed:0.5", "must be above 0 and below 0.5"),
+        ("trimmed:nan", "must be above 0 and below 0.5"),
+        ("median,trimmed:0.2", "exactly one stage must be"),
+        ("median,clip:5", "clip comes after the median"),
         ("finite,mean", "finite takes the replies that may be left out"),
         ("finite:0,mean", "it must be at least 1"),
         ("finite:x,mean", "finite takes"),

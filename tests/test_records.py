@@ -44,6 +44,17 @@ def test_records_come_back_in_order(path):
     assert path.read_text().count("\n") == 3
 
 
+def test_records_that_say_something_else_than_was_written_are_refused(path):
+    written = records.digest(records.read(path))
+    path.write_text(path.read_text().replace(", ", " ,  ") + "\n")  # spaces say nothing
+    assert records.resume(path, 3, written) == [{"round": n, "loss": 1 / n} for n in (1, 2, 3)]
+    path.write_text(path.read_text().replace("0.5", "0.25"))
+    with pytest.raises(WorkdirError, match="was altered: rounds 1 to 3 are not as they were written"):
+        records.resume(path, 3, written)
+    assert "0.25" in path.read_text()  # and stay as they are
+    assert len(records.resume(path, 1, records.digest([{"round": 1, "loss": 1.0}]))) == 1
+
+
 def test_no_file_is_no_records(tmp_path):
     assert records.read(tmp_path / "none") == []
     assert records.resume(tmp_path / "none", 0) == []

@@ -87,6 +87,16 @@ def test_records_that_were_emptied_are_refused(workdir):
         run(workdir, accepted=pytest.fail)
 
 
+def test_records_that_were_altered_are_refused(workdir):
+    log = workdir / "records.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    log.write_text("".join(json.dumps(line | {"loss": 0.0}) + "\n" for line in lines))
+    with pytest.raises(WorkdirError, match="records.jsonl was altered: rounds 1 to 3 are not as they were written"):
+        run(workdir)
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run(workdir).summary["records_sha256"]
+
+
 def test_records_that_go_missing_on_the_way_are_no_wrong_sums(workdir):
     with pytest.raises(WorkdirError, match="records.jsonl was removed while the run wrote it; put the file back"):
         run(workdir, accepted=(workdir / "records.jsonl").unlink)

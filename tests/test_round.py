@@ -195,7 +195,7 @@ def test_where_states_are_kept_is_said(monkeypatch):
         def memory_stats(self):
             return {"bytes_limit": 10 * 10**9, "bytes_in_use": 2 * 10**9}
 
-    monkeypatch.setattr(jax, "devices", lambda: [Device()])
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
     assert not client_states.place("auto", 3 * 10**9, 1)[0]
     hosted, why = client_states.place("auto", 4 * 10**9, 1)
     assert hosted

@@ -84,7 +84,7 @@ def test_own_file_with_and_without_names(tmp_path):
 
 def test_whose_an_image_is(tmp_path):
     save(tmp_path)
-    assert sources.load("mine", tmp_path)[5:] == (None, None)
+    assert sources.load("mine", tmp_path)[5:7] == (None, None)
     save(tmp_path, train_client=np.arange(12, dtype=np.uint8), test_client=np.arange(6, dtype=np.int32))
     mine = sources.load("mine", tmp_path)
     assert mine.train_client.tolist() == list(range(12))

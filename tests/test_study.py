@@ -142,7 +142,11 @@ def test_damaged_files_are_set_aside_and_the_run_begins_anew(fake, tmp_path, mon
     worker.work(study, runs, None, said.append)
     whole = (study.workdir(runs[0]) / "result.json").read_text()
     records = study.workdir(runs[0]) / "records.jsonl"
-    records.write_text(records.read_text().replace('"round": 2', '"round": 3'))
+    read = records.read_text()
+    records.write_text(read.replace('"server_accuracy": 0.5', '"server_accuracy": 0.9', 1))
+    assert records.read_text() != read
+    assert study.finished(runs[0]) is None  # every line is one, and they say something else
+    records.write_text(read.replace('"round": 2', '"round": 3'))
     sound = worker.build.run
 
     def run(config, *, workdir, **how):  # as the real one refuses records that do not fit

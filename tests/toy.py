@@ -15,6 +15,7 @@ from fedmetanas_jax.engine.programs import Conduct
 from fedmetanas_jax.tree import lerp, sub, where
 
 CLASSES, PIXELS, MOMENTUM = 4, 64, 0.1
+HOW = ("stop_after", "mesh", "identity", "accepted", "make_course")  # of `run`, for the engine's
 
 
 class Server(NamedTuple):
@@ -108,7 +109,7 @@ def make_data(clients=7, n=10, m=5, q=23, seed=0):
 
 def run(phases: list[Phase], data: FederatedData, workdir, said: list, **changed) -> engine.Outcome | None:
     """A run of a few rounds in `workdir`; records and what is said are appended to `said`."""
-    how = {name: changed.pop(name) for name in ("stop_after", "mesh", "identity", "accepted") if name in changed}
+    how = {name: changed.pop(name) for name in HOW if name in changed}
     conduct = Conduct(
         rounds=4, seed=3, clients=7, cohort=5, batch=4, epochs=1, at_once=1, block=1, compile_ahead=0,
         client_states="device", bn_eval="running", eval_batch=8, eval_every=0, adapt_every=0, final_adapt=False,

@@ -51,6 +51,8 @@ def outcome(run: Run, workdir: Path) -> dict | None:
             raise ValueError("it is of another config")
         if [line["round"] for line in lines] != list(range(1, from_dict(known["config"]).rounds + 1)):
             raise ValueError(f"{records.RECORDS} does not have every round once")
+        if result.get("records_sha256", records.digest(lines)) != records.digest(lines):  # older runs have none
+            raise ValueError(f"{records.RECORDS} was altered after the run")
         figures = {name: _at(result, place) for name, place in FIGURES.items()}
         figures |= pruning(result, lines) | {"bytes": result["bytes_up"] + result["bytes_down"]}
         found = curve(lines)

@@ -23,6 +23,8 @@ class Dataset(NamedTuple):
     label_names: tuple[str, ...]  # one per class
     train_client: np.ndarray | None = None  # [n] integers or strings, whose an image is; None where no file says it
     test_client: np.ndarray | None = None  # [m]
+    channels: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # mean and deviation of each, where somebody
+    #   who has more images says what they are
 
 
 class Official(NamedTuple):

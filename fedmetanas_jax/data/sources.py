@@ -70,20 +70,20 @@ def load(name: str, data_dir: Path) -> Dataset:
     if name == "digits":
         if there:
             raise DataError(f"{path}: 'digits' is the bundled data set; give your own file another name")
-        return checked(str(BUNDLED), _read(BUNDLED), None)
+        return checked(str(BUNDLED), read_arrays(BUNDLED), None)
     official = OFFICIAL.get(name)
     if official is None:
         if not there:
             known = sorted({"digits", *OFFICIAL, *_files(path.parent)})
             raise DataError(f"no data set {name!r}: there is no {path}; there are {', '.join(known)}")
-        dataset = checked(str(path), _read(path), None)
+        dataset = checked(str(path), read_arrays(path), None)
         for line in without_images(dataset):
             _log.warning("%s: %s", path, line)
         return dataset
     damage = ""
     if there:
         try:
-            arrays = _read(path)
+            arrays = read_arrays(path)
         except DataError as error:
             damage = f"{error}; "
             _log.warning("%s; making it again", error)
@@ -114,8 +114,11 @@ def mean_std(name: str, dataset: Dataset) -> tuple[tuple[float, ...], tuple[floa
     """Per-channel mean and standard deviation of pixels in [0, 1], each of length c.
 
     The published values for official sets (methods section 3.5 for CIFAR-10), else those of the training
-    images. Raises DataError for a channel without variation, which no normalisation could use.
+    images, or what the data set says they are. Raises DataError for a channel without variation, which no
+    normalisation could use.
     """
+    if dataset.channels is not None:
+        return dataset.channels
     if name in OFFICIAL:
         return OFFICIAL[name].mean, OFFICIAL[name].std
     levels = np.arange(256) / 255
@@ -136,8 +139,9 @@ def _as_used(name: str, dataset: Dataset) -> Dataset:
     return dataset._replace(**{key: array[:MNIST_TRAIN] for key, array in first.items() if array is not None})
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file that a data set is made of."""
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file that a data set is made of, as far as they are there. DataError for one that cannot be
+    read."""
     try:
         # ZipFile.read verifies each member's checksum before anything is parsed; np.load parses first.
         with zipfile.ZipFile(path) as file:

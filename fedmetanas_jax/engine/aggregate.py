@@ -2,20 +2,25 @@
 
     mean                                the weighted mean (Eq. 3), and nothing else
     finite:10,clip:5:1,mean             leave out what is not finite, clip the rest, then the mean
+    median, trimmed:0.2                 in place of the mean (engine/robust.py)
+    clip:5:1,gaussian:1                 differential privacy: the mean of clipped changes with noise (engine/privacy.py)
 
 A stage is (change, weight, key) -> (change, weight, metrics): leaves [cohort, ...] and [cohort]. A stage before the
-mean hands on changes as it got them, one a client; the mean takes the cohort's axis away, and a stage after it sees
-the one change that is left. Weight 0 leaves a client out: the engine then keeps what that client held. metrics are
-named numbers, [cohort] or [], for the round's record.
+reducing one hands on changes as it got them, one a client; the reducing one takes the cohort's axis away, and a stage
+after it sees the one change that is left. Weight 0 leaves a client out: the engine then keeps what that client held.
+metrics are named numbers, [cohort] or [], for the round's record. docs/aggregates.md says what each is good for.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from fedmetanas_jax import tree
-from fedmetanas_jax.core import Aggregate, Array, Tree
+from fedmetanas_jax.core import Aggregate, Algorithm, Array, Tree
+from fedmetanas_jax.engine import privacy, robust
+from fedmetanas_jax.options import LARGEST_INT, UsageError
 
 
 def mean() -> Aggregate:
@@ -47,8 +52,8 @@ def clip(weights: float, alpha: float | None = None, stats: float | None = None)
     Metric "clipped" [cohort]: 1 where something was scaled. ValueError for a norm that is not positive.
     """
     for norm in (weights, alpha, stats):
-        if norm is not None and not norm > 0:
-            raise ValueError(f"clip:{norm}: a norm to clip to must be positive")
+        if norm is not None and not 0 < norm < math.inf:
+            raise ValueError(f"clip:{norm}: a norm to clip to must be positive and finite")
 
     most = {"alpha": alpha, "stats": stats}
 
@@ -82,13 +87,37 @@ def chain(*stages: Aggregate) -> Aggregate:
             metrics |= more
         return change, weight, metrics
 
-    leaves_out = any(stage.leaves_out for stage in stages)
-    return Aggregate(apply, leaves_out, max((stage.allowed for stage in stages), default=0))
+    return Aggregate(
+        apply,
+        leaves_out=any(stage.leaves_out for stage in stages),
+        allowed=max((stage.allowed for stage in stages), default=0),
+        by_rank=any(stage.by_rank for stage in stages),
+        noise=next((stage.noise for stage in stages if stage.noise is not None), None),
+    )
 
 
-STAGES: dict[str, Callable[..., Aggregate]] = {"mean": mean, "finite": finite, "clip": clip}
-NUMBERS = {"mean": (), "finite": (int,), "clip": (float, float, float)}  # of each stage; clip may have fewer
-REDUCING = ("mean",)  # the stages that make one change of the cohort's
+def check(aggregate: Aggregate, algorithm: Algorithm, report: Tree) -> None:
+    """UsageError where the aggregate is wrong for this method, whose clients report this beside their change."""
+    if aggregate.by_rank and algorithm.held is not None:
+        raise UsageError(
+            "config.aggregate: median and trimmed rank what all clients learnt, but clients of this method "
+            "(config.method) are given a part of the network each, and count as 0 elsewhere; use mean, with clip"
+        )
+    if aggregate.noise is not None:
+        privacy.check_report(report)
+
+
+REDUCING: dict[str, Callable[..., Aggregate]] = {"mean": mean, "median": robust.median, "trimmed": robust.trimmed}
+STAGES: dict[str, Callable[..., Aggregate]] = REDUCING | {"finite": finite, "clip": clip}
+# Of each stage the numbers' types, and how many it must have.
+NUMBERS = {
+    "mean": ((), 0),
+    "median": ((), 0),
+    "trimmed": ((float,), 1),
+    "gaussian": ((float, float), 1),
+    "finite": ((int,), 1),
+    "clip": ((float, float, float), 1),
+}
 
 
 def parse(text: str) -> Aggregate:
@@ -96,35 +125,62 @@ def parse(text: str) -> Aggregate:
 
     ValueError says which stage is wrong and what there is.
     """
-    stages, names = [], []
-    for item in text.split(","):
-        name, *numbers = item.strip().split(":")
-        if name not in STAGES:
-            raise ValueError(f"aggregate={text!r}: no stage {name!r}; there are {', '.join(STAGES)}")
-        kinds = NUMBERS[name]
-        if len(numbers) > len(kinds) or (kinds and not numbers):
-            raise ValueError(f"aggregate={text!r}: {name} takes {_wanted(name)}")
-        try:
-            values = [kind(number) for kind, number in zip(kinds, numbers, strict=False)]
-            stages.append(STAGES[name](*values))
-        except ValueError as error:
-            raise ValueError(f"aggregate={text!r}: {name} takes {_wanted(name)} ({error})") from None
-        names.append(name)
-    if twice := sorted({name for name in names if names.count(name) > 1} - set(REDUCING)):
+    named = [(name, _numbers(text, name, numbers)) for name, *numbers in (item.split(":") for item in _items(text))]
+    names = [name for name, _ in named]
+    reducing = (*REDUCING, "gaussian")
+    if twice := sorted({name for name in names if names.count(name) > 1} - set(reducing)):
         raise ValueError(f"aggregate={text!r}: {twice[0]} stands there twice; each stage may come once")
-    if sum(name in REDUCING for name in names) != 1:
-        raise ValueError(f"aggregate={text!r}: exactly one stage must be {' or '.join(REDUCING)}; it makes one of many")
-    if names[-1] not in REDUCING:  # these stages read one change a client
-        raise ValueError(f"aggregate={text!r}: {names[-1]} comes after the mean, where no client's change is left")
-    return chain(*stages)
+    if sum(name in reducing for name in names) != 1:
+        there = f"{', '.join(reducing[:-1])} or {reducing[-1]}"
+        raise ValueError(f"aggregate={text!r}: exactly one stage must be {there}; it makes one of many")
+    if names[-1] not in reducing:  # these stages read one change a client
+        last = next(name for name in names if name in reducing)
+        raise ValueError(f"aggregate={text!r}: {names[-1]} comes after the {last}, where no client's change is left")
+    if names[-1] == "gaussian":
+        return _private(text, named)
+    return chain(*(_made(text, STAGES[name], name, numbers) for name, numbers in named))
 
 
-def _wanted(name: str) -> str:
-    return {
-        "mean": "no numbers",
-        "finite": "the replies that may be left out in the whole run, as in finite:10",
-        "clip": "the largest norm of the weights' change, then of alphas and statistics, as in clip:5 or clip:5:1:10",
-    }[name]
+def _private(text: str, named: list[tuple[str, list]]) -> Aggregate:
+    """Clipping and noise, which are one mechanism: the noise is measured by the norms. What is not finite counts as no
+    change, however often it comes, since a run that stopped there would tell of that client."""
+    if [name for name, _ in named] != ["clip", "gaussian"]:
+        raise ValueError(f"aggregate={text!r}: gaussian takes clip alone before it, as in clip:5:1:10,gaussian:1")
+    (_, norms), (_, numbers) = named
+    measured = dict(zip(("weights", "alpha", "stats"), norms, strict=False))
+    clipped = _made(text, clip, "clip", norms)
+    noisy = _made(text, lambda *given: privacy.gaussian(*given, **measured), "gaussian", numbers)
+    return chain(finite(LARGEST_INT), clipped, noisy)
+
+
+def _items(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",")]
+
+
+def _numbers(text: str, name: str, numbers: list[str]) -> list:
+    if name not in NUMBERS:
+        raise ValueError(f"aggregate={text!r}: no stage {name!r}; there are {', '.join(NUMBERS)}")
+    kinds, least = NUMBERS[name]
+    if not least <= len(numbers) <= len(kinds):
+        raise ValueError(f"aggregate={text!r}: {name} takes {WANTED[name]}")
+    return _made(text, lambda *given: [kind(x) for kind, x in zip(kinds, given, strict=False)], name, numbers)
+
+
+def _made(text: str, make: Callable, name: str, numbers: list):
+    try:
+        return make(*numbers)
+    except ValueError as error:
+        raise ValueError(f"aggregate={text!r}: {name} takes {WANTED[name]} ({error})") from None
+
+
+WANTED = {
+    "mean": "no numbers",
+    "median": "no numbers",
+    "trimmed": "the share of the clients to trim on either side, above 0 and below 0.5, as in trimmed:0.2",
+    "gaussian": "the noise multiplier, 0 or more, and a delta if it is not to be 1 / clients, as in gaussian:1:1e-5",
+    "finite": "the replies that may be left out in the whole run, as in finite:10",
+    "clip": "the largest norm of the weights' change, then of alphas and statistics, as in clip:5 or clip:5:1:10",
+}
 
 
 def _beside(values: Array, x: Array) -> Array:

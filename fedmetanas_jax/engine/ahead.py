@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from fedmetanas_jax import tree
 from fedmetanas_jax.core import Algorithm, FederatedData
+from fedmetanas_jax.engine import hosts
 from fedmetanas_jax.engine.mesh import told
 from fedmetanas_jax.engine.programs import Conduct, Programs
 from fedmetanas_jax.engine.round import state_shapes
@@ -51,4 +52,5 @@ class Ahead:
         if programs is None or programs.algorithm is not algorithm:
             return None
         self._compiling.result()
+        hosts.meet()  # else the first round would wait for a slower process
         return programs

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedmetanas_jax.core import Tree
+from fedmetanas_jax.engine import hosts
 from fedmetanas_jax.files import beside
 
 PIECE = 1 << 28  # bytes of the row in one stored array; compressors give up at 2 GiB
@@ -58,9 +59,18 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             # Saving is done when save returns: the next round may overwrite (donate) the state's buffers.
             enable_async_checkpointing=False,
+            **self._alone(ocp),
         )
         self._args = ocp.args
         self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def _alone(self, ocp) -> dict:
+        """Keeps storage from waiting for the run's other processes, which have no part in this."""
+        if not hosts.several():
+            return {}
+        me = jax.process_index()
+        only = {"primary_host": me, "active_processes": {me}, "barrier_sync_key_prefix": f"process{me}"}
+        return {"create": False, "multiprocessing_options": ocp.options.MultiprocessingOptions(**only)}
 
     def candidates(self) -> list[int]:
         """Steps that have a checkpoint, newest first; whether it can be read is not looked at."""
@@ -99,6 +109,10 @@ class Checkpoints:
     def meta(self, step: int) -> dict:
         """The meta that was saved with `step`. DamagedCheckpoint: it cannot be read or was altered."""
         return self._body(step)["meta"]
+
+    def digest(self, step: int) -> str:
+        """The SHA-256 of the state that was saved with `step`; raises as `meta`."""
+        return self._body(step)["state_sha256"]
 
     def restore(self, step: int, like: Tree) -> Tree:
         """The state of `step` in the structure of `like`, a pytree of arrays or ShapeDtypeStructs.

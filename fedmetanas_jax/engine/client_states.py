@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from fedmetanas_jax import tree
 from fedmetanas_jax.core import Array, RoundState, Tree
+from fedmetanas_jax.engine import hosts
 from fedmetanas_jax.engine.mesh import free_bytes, padded, put_state
 
 SHARE_OF_MEMORY = 0.4  # of a device's free memory that clients' states may take before they move to the host
@@ -70,7 +71,7 @@ def place(asked: str, nbytes: int, devices: int) -> tuple[bool, str]:
     the memory that is free there. A backend that does not tell (the CPU's, whose memory is the host's) has room.
     """
     size = f"clients' states take {nbytes / 1e9:.3g} GB"
-    room = free_bytes()
+    room = hosts.least(free_bytes(), "room for states")
     share = -(-nbytes // devices)
     fits = room is None or share <= SHARE_OF_MEMORY * room
     if asked == "auto" and not fits:

@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 
 from fedmetanas_jax import tree
 from fedmetanas_jax.core import Algorithm, FederatedData, Phase, RoundState, Tree
-from fedmetanas_jax.engine import client_states, identity, measure, report
+from fedmetanas_jax.engine import client_states, hosts, identity, measure, report
+from fedmetanas_jax.engine.accountant import Account
 from fedmetanas_jax.engine.ahead import Ahead
 from fedmetanas_jax.engine.checkpoint import Checkpoints
 from fedmetanas_jax.engine.mesh import put_data
@@ -35,7 +36,7 @@ class Course:
         data: FederatedData,
         conduct: Conduct,
         mesh: Mesh | None,
-        checkpoints: Checkpoints,
+        checkpoints: Checkpoints | hosts.Shared,
         run: dict,
     ):
         self.phases, self.conduct, self.mesh, self.checkpoints = phases, conduct, mesh, checkpoints
@@ -48,6 +49,9 @@ class Course:
         self.macs_a_round = 0.0  # of the last round
         self.put_off = None  # the round of the next try at a last phase that was put off
         self.lost = 0  # replies that were left out so far for not being finite
+        self.records: str | None = None  # digest of the records up to the checkpoint that was restored
+        noise = conduct.aggregate.noise
+        self.account = None if noise is None else Account(noise, conduct.clients, conduct.cohort)
 
     def begin(self, say: Callable[[str], None]) -> bool:
         """Restores the newest good checkpoint, or starts at round 0 -> whether it was restored.
@@ -64,6 +68,7 @@ class Course:
             _, meta, state = restored
             for name in SAVED:
                 setattr(self, name, meta[name])
+            self.records = meta.get("records")
             self._place_owns(self._algorithm_of(self.phase, self.plan), say)
             say(f"resuming after round {int(state.round)} of {self.conduct.rounds}")
             self.state = state if self.hosted else client_states.divided(state, self.conduct.clients, self.mesh)
@@ -87,6 +92,8 @@ class Course:
         self.done = stop
         lines = report.lines(metrics, start, stop, seconds, self.phase, self.algorithm)
         self.macs_a_round = lines[-1]["macs"]
+        if self.account is not None:
+            self.account.add([line["noised_parts"] for line in lines])
         return lines
 
     def evaluate(self, line: dict) -> None:
@@ -94,8 +101,14 @@ class Course:
         conduct = self.conduct
         if _due(self.done, conduct.eval_every, conduct.rounds):
             line |= measure.networks(self.programs, self.state)
+            if self.account is not None:
+                line |= self.account.spent(self.done)
         if _due(self.done, conduct.adapt_every, conduct.rounds if conduct.final_adapt else None):
             line |= measure.adapted(self.programs, self.state)
+
+    def cost(self, server: Tree) -> float:
+        """Accuracy on clients' training images that the state loses with another server."""
+        return measure.cost(self.programs, self.state, server)
 
     def enter_next_phase(self, line: dict, say: Callable[[str], None]) -> float:
         """If the next phase, or a smaller program, is due here, enters it and records what that did.
@@ -113,7 +126,7 @@ class Course:
         if server is None:
             server, _ = jax.jit(self._algorithm_of(self.phase + 1, plan).init)(key)
         if phase.tolerance is not None:
-            cost = measure.cost(self.programs, self.state, server)
+            cost = self.cost(server)
             line["event_cost_on_training_images"] = cost
             if cost > phase.tolerance:
                 return seconds + self._wait(phase, cost, line, say)
@@ -146,16 +159,18 @@ class Course:
         )
         return self._move_on(line, say)
 
-    def save(self) -> None:
+    def save(self, records: str | None = None) -> None:
         """A checkpoint of this moment, unless there is one. What clients keep is saved once a client.
 
+        records: digest of the records so far.
         NonFiniteError: the server is not finite, and the checkpoint before stays the newest one.
         """
         saved = self.checkpoints.candidates()
         if self.done not in saved:
             report.check_server(self.state.server, self.done, saved)
-            meta = {name: getattr(self, name) for name in SAVED} | {"at_once": self.programs.at_once, "run": self.run}
-            owns = jax.tree.map(lambda x: x[: self.conduct.clients], self.state.owns)
+            meta = {name: getattr(self, name) for name in SAVED}
+            meta |= {"at_once": self.programs.at_once, "run": self.run, "records": records}
+            owns = jax.tree.map(lambda x: x[: self.conduct.clients], hosts.gathered(self.state.owns))
             self.checkpoints.save(self.done, self.state._replace(owns=owns), meta)
 
     def _move_on(self, line: dict, say: Callable[[str], None], resumed: bool = False) -> float:

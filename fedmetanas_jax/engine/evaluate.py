@@ -16,7 +16,8 @@ import optax
 from jax.sharding import Mesh
 
 from fedmetanas_jax.core import Algorithm, Array, Depth, Examples, FederatedData, Net, RoundState
-from fedmetanas_jax.engine.mesh import ALL, OWN, STATE, on_mesh, padded, put_data
+from fedmetanas_jax.engine import hosts
+from fedmetanas_jax.engine.mesh import ALL, OWN, STATE, mean_of_devices, on_mesh, padded, put_data
 from fedmetanas_jax.engine.round import apart, cohort, map_some, stream_key, train_examples
 
 BN_EVAL = ("running", "batch", "recalibrated")
@@ -88,7 +89,7 @@ def make_evaluate(algorithm: Algorithm, *, batch: int, bn_eval: str, mesh: Mesh 
         if bn_eval == "recalibrated":
             net = recalibrate(algorithm.forward, net, data.image[calibration], batch)
             if mesh is not None:
-                net = net._replace(stats=jax.lax.pmean(net.stats, mesh.axis_names))
+                net = net._replace(stats=mean_of_devices(net.stats, mesh))
         place = 0 if mesh is None else jax.lax.axis_index(mesh.axis_names)
         mine = (size - place + devices - 1) // devices  # rows go round the devices, one to each
         given = data.image[rows], data.label[rows], mine
@@ -115,7 +116,7 @@ def divided(rows: Array, mesh: Mesh | None) -> Array:
 def in_order(found: Array, mesh: Mesh | None) -> np.ndarray:
     """What was found for the rows of `divided`, in the order they had before."""
     devices = 1 if mesh is None else mesh.size
-    return np.asarray(found).reshape(devices, -1).T.reshape(-1)
+    return np.asarray(hosts.gathered(found)).reshape(devices, -1).T.reshape(-1)
 
 
 @partial(jax.jit, static_argnums=(3, 4))

@@ -6,7 +6,7 @@ import numpy as np
 
 from fedmetanas_jax import tree
 from fedmetanas_jax.core import Net, RoundState, Tree
-from fedmetanas_jax.engine import evaluate
+from fedmetanas_jax.engine import evaluate, hosts
 from fedmetanas_jax.engine.mesh import OWN, padded, put_data
 from fedmetanas_jax.engine.programs import Programs, floats
 
@@ -85,7 +85,8 @@ def _personal(programs: Programs, state: RoundState, steps: int) -> np.ndarray:
         if programs.hosted:
             given = state._replace(owns=put_data(tree.take(state.owns, rows), mesh, OWN))
         ids = put_data(rows, mesh, OWN)
-        found.append(np.asarray(programs("adaptation", given, ids, programs.data, jnp.int32(steps), seen)))
+        accuracy = programs("adaptation", given, ids, programs.data, jnp.int32(steps), seen)
+        found.append(np.asarray(hosts.gathered(accuracy)))
     return np.concatenate(found)[: conduct.clients]
 
 

@@ -1,12 +1,15 @@
 """The devices of a run: one mesh axis, `clients`; what every device holds, and what is divided among them."""
 
+import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fedmetanas_jax.core import RoundState, Tree
+from fedmetanas_jax.engine import hosts
 
 ALL = PartitionSpec()  # a full copy on every device
 OWN = PartitionSpec("clients")  # the leading axis divided, a consecutive share each
@@ -16,9 +19,13 @@ STATE = RoundState(round=ALL, seed=ALL, server=ALL, owns=OWN)
 def clients_mesh(devices: int) -> Mesh | None:
     """A mesh of that many devices along "clients"; 0 = all there are; None where that is one device.
 
-    ValueError when fewer are there.
+    ValueError when fewer are there, and for less than all of several processes'.
     """
     there = jax.devices()
+    if hosts.several() and devices:
+        raise ValueError(f"devices={devices}: a run of several processes uses all devices of all; allowed is 0 (all)")
+    if jax.process_count() > 1 and not hosts.several():
+        raise ValueError(f"JAX sees {jax.process_count()} processes, which know nothing of each other; use --cluster")
     if not 0 <= devices <= len(there):
         have = f"{len(there)} ({there[0].platform})"
         raise ValueError(f"devices={devices}: JAX sees {have}; allowed are 0 (all) to {len(there)}")
@@ -27,8 +34,8 @@ def clients_mesh(devices: int) -> Mesh | None:
 
 
 def free_bytes() -> int | None:
-    """Memory that is free on a device; None where the backend does not tell (a CPU's is the host's)."""
-    statistics = jax.devices()[0].memory_stats() or {}
+    """Memory that is free on a device of this process; None where the backend does not tell (a CPU's is the host's)."""
+    statistics = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" not in statistics:
         return None
     return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
@@ -41,7 +48,10 @@ def padded(clients: int, mesh: Mesh | None) -> int:
 
 def put_data(data: Tree, mesh: Mesh | None, spec: PartitionSpec = ALL) -> Tree:
     """The data (or `stop`, ...) on the device; on each one of the mesh, in full unless `spec` divides it."""
-    return jax.device_put(data, None if mesh is None else NamedSharding(mesh, spec))
+    where = None if mesh is None else NamedSharding(mesh, spec)
+    if mesh is not None and hosts.several():
+        return jax.tree.map(lambda x: hosts.put(x, where), data)
+    return jax.device_put(data, where)
 
 
 def put_state(state: RoundState, mesh: Mesh | None) -> RoundState:
@@ -59,6 +69,18 @@ def told(shapes: RoundState, mesh: Mesh | None, hosted: bool) -> RoundState:
         return lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
     return RoundState(*(jax.tree.map(lying(spec), part) for part, spec in zip(shapes, specs, strict=True)))
+
+
+def mean_of_devices(values: Tree, mesh: Mesh) -> Tree:
+    """The mean of every device's values, on all of them; to be called under `on_mesh`."""
+    if not hosts.several():
+        return jax.lax.pmean(values, mesh.axis_names)
+
+    def mean(x: jax.Array) -> jax.Array:
+        # In the devices' order, as those of one process add: a network has one of its own, so other last bits.
+        return functools.reduce(jnp.add, jax.lax.all_gather(x, mesh.axis_names)) / mesh.size
+
+    return jax.tree.map(mean, values)
 
 
 def on_mesh(function: Callable, mesh: Mesh | None, in_specs: Tree, out_specs: Tree) -> Callable:

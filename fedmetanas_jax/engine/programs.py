@@ -1,5 +1,6 @@
 """The compiled programs of one algorithm, and how a run goes about its rounds."""
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,10 +12,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fedmetanas_jax.core import Aggregate, Algorithm, Array, FederatedData, Net, RoundState
-from fedmetanas_jax.engine import evaluate
+from fedmetanas_jax.engine import evaluate, hosts
 from fedmetanas_jax.engine.mesh import ALL, OWN, free_bytes, padded, put_data, told
 from fedmetanas_jax.engine.round import MEAN, make_round
 
+NUMBERS = itertools.count()
 BY = "evaluation by bn_eval="  # and which: programs of `Programs.server_accuracy_by`
 
 
@@ -62,6 +64,7 @@ class Programs:
         self.hosted, self.say = hosted, say
         self._divides = evaluate.dividing(mesh, batch=conduct.eval_batch, bn_eval=conduct.bn_eval)
         self.at_once = conduct.at_once if conduct.at_once >= 0 else at_once
+        self._number = next(NUMBERS)  # the same on all processes
         self.seconds = self.seconds_ahead = 0.0
         self._compiled: dict = {}
         self._later, self._begun, self._thread = later, {}, ThreadPoolExecutor(1)
@@ -79,6 +82,7 @@ class Programs:
                 self._begin(arguments[0])
             begun = self._begun.pop(name, None)
             self._compiled[name] = self._compile(name, *arguments) if begun is None else begun.result()
+            hosts.meet()  # so that waiting for a slower process counts as compiling and not as the round
             seconds = time.perf_counter() - start
             self.seconds += seconds
             self.say(f"compiled the {name} in {seconds:.1f} s" + (", the rest of it meanwhile" if begun else ""))
@@ -148,9 +152,12 @@ class Programs:
         while True:
             compiled = self._made("round", at_once).lower(*arguments).compile()
             needed, room = compiled.memory_analysis().temp_size_in_bytes, free_bytes()
-            if room is None or needed <= room or at_once == 1:
+            fits = room is None or needed <= room or at_once == 1
+            fewer = at_once if fits else min(at_once - 1, max(1, int(at_once * room / needed)))
+            fewer = hosts.least(fewer, f"at_once of programs {self._number}")
+            if fewer == at_once:
                 break
-            at_once = min(at_once - 1, max(1, int(at_once * room / needed)))
+            at_once = fewer
         self.at_once = at_once
         free = "" if room is None else f" of {room / 1e9:.3g} GB free"
         self.say(f"{at_once} of a device's {clients} clients at once: {needed / 1e9:.3g} GB{free} (config.at_once)")

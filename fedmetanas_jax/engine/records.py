@@ -3,10 +3,11 @@
 Lines are appended and synced one at a time: a process killed at any moment leaves at most one torn last line.
 """
 
+import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -57,10 +58,19 @@ def read(path: str | Path) -> list[dict]:
     return records
 
 
-def resume(path: str | Path, done: int) -> list[dict]:
+def digest(lines: Sequence[dict]) -> str:
+    """SHA-256 of these records, however they are spaced in their file."""
+    hashed = hashlib.sha256()
+    for line in lines:
+        hashed.update(to_json(line).encode() + b"\n")
+    return hashed.hexdigest()
+
+
+def resume(path: str | Path, done: int, sha256: str | None = None) -> list[dict]:
     """The records of rounds 1 .. `done`, one line each, in order; what comes after them is cut off.
 
-    WorkdirError: they are not all there, so that they do not fit the checkpoint of round `done`.
+    sha256: their digest when the checkpoint of round `done` was saved; None where none was kept.
+    WorkdirError: they are not all there, or not those, so that they do not fit the checkpoint.
     """
     kept = read(path)[:done]
     for number, record in enumerate(kept, 1):
@@ -69,6 +79,8 @@ def resume(path: str | Path, done: int) -> list[dict]:
             raise WorkdirError(f"{path}, line {number}, {found}, where round {number} belongs; {ADVICE}")
     if len(kept) < done:
         raise WorkdirError(f"{path} ends after line {len(kept)}, but the checkpoint is of round {done}; {ADVICE}")
+    if sha256 is not None and digest(kept) != sha256:
+        raise WorkdirError(f"{path} was altered: rounds 1 to {done} are not as they were written; {ADVICE}")
     write_text(path, "".join(to_json(record) + "\n" for record in kept))
     return kept
 

@@ -12,6 +12,7 @@ except ImportError:  # Windows
     resource = None
 
 from fedmetanas_jax.core import Algorithm, Tree
+from fedmetanas_jax.engine import records
 
 
 class NonFiniteError(ArithmeticError):
@@ -114,6 +115,7 @@ def summarize(lines: list[dict]) -> dict:
     return {
         **_accuracies(lines[begun:]),
         **ended,
+        **{name: lines[-1][name] for name in ("epsilon", "delta") if name in lines[-1]},
         "seconds_in_rounds": sum(seconds),
         "seconds_a_round_median": float(np.median(seconds)),
         "seconds_compiling": sum(line.get("compile_seconds", 0.0) for line in lines),
@@ -123,6 +125,7 @@ def summarize(lines: list[dict]) -> dict:
         "bytes_up": sum(line["bytes_up"] for line in lines),
         "bytes_down": sum(line["bytes_down"] for line in lines),
         **peak,
+        "records_sha256": records.digest(lines),
     }
 
 

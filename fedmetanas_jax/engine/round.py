@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from fedmetanas_jax import tree
 from fedmetanas_jax.core import Aggregate, Algorithm, Array, Examples, FederatedData, Merged, Reply, RoundState, Tree
 from fedmetanas_jax.engine import aggregate as aggregates
-from fedmetanas_jax.engine import client_states
+from fedmetanas_jax.engine import client_states, privacy
 from fedmetanas_jax.engine.mesh import ALL, STATE, on_mesh, padded
 
 # Append only: the place is the salt.
@@ -145,6 +145,38 @@ def ask(algorithm: Algorithm, server: Tree, own: Tree, data: FederatedData, seed
     return reply._replace(metrics=reply.metrics | traffic_of(algorithm.held(message), message, reply))
 
 
+def learn(
+    algorithm: Algorithm,
+    aggregate: Aggregate,
+    server: Tree,
+    clients: Array,
+    change: Tree,
+    weight: Array,
+    report: Tree,
+    seed: Array | int,
+    round: Array,
+) -> tuple[Tree, Array, dict]:
+    """What the server makes of replies, leaves [cohort, ...], of `clients` [cohort] -> (server, weight, metrics) as
+    the aggregate left them. Where it left everybody out, the server stays as it was, but for its round; not so where it
+    adds noise, without which that would show.
+
+    UsageError for an aggregate that is wrong for the method; AssertionError for a method that changes structure,
+    shapes or types of its server.
+    """
+    aggregates.check(aggregate, algorithm, report)
+    change, weight, more = aggregate.apply(change, weight, stream_key(seed, "aggregate", round))
+    private = aggregate.noise is not None
+    told = jnp.ones_like(weight) if private else weight  # who was left out of a private mean must not show
+    moved = algorithm.server_update(server, Merged(change, clients, told, report))
+    # A method that changes the form of what it keeps would fail far from where it does so.
+    chex.assert_trees_all_equal_shapes_and_dtypes(moved, server, custom_message="server_update changed the server")
+    if private:
+        moved = privacy.plausible(moved)
+    elif aggregate.leaves_out:
+        moved = tree.where(jnp.any(weight > 0), moved, server._replace(round=moved.round))
+    return moved, weight, more
+
+
 def traffic_of(held: dict, message: Tree, reply: Reply) -> dict[str, Array]:
     """`traffic` of a client that is given, and answers, what it holds alone."""
 
@@ -185,7 +217,7 @@ def make_round(
     server after the round. Rows past the rounds run are zero.
 
     A client whose weight the aggregate sets to 0 keeps what it had. Where that is the whole cohort, so does the
-    server, but for its round.
+    server, but for its round, unless the aggregate adds noise.
 
     hosted: the given and the returned state.owns are the rows of the round's cohort alone, for clients whose states
     stay on the host; a block is then one round.
@@ -193,8 +225,8 @@ def make_round(
     A mesh takes the changes in the cohort's order, as one device does, so it adds no rounding of its own.
     The same bits come out where the clients are worked on in the same groups (always for at_once=1).
     ValueError for a block below 1 and, at the first call, for a cohort or an `at_once` that cannot be and for
-    a name that two of the metrics use. AssertionError there for a method that changes structure, shapes or types of
-    its server or of what clients keep.
+    a name that two of the metrics use; UsageError there for an aggregate that is wrong for the method; AssertionError
+    for a method that changes structure, shapes or types of its server or of what clients keep.
     """
     if block < 1:
         raise ValueError(f"block={block}: a dispatch runs at least 1 round")
@@ -211,18 +243,12 @@ def make_round(
             lambda x: ask(algorithm, server, x[1], data, seed, state.round, x[0]), (chosen, before), at_once, mesh
         )
         finite = jax.vmap(tree.all_finite)(replies)
-        change, weight, more = aggregate.apply(
-            replies.change, jnp.where(finite, replies.weight, jnp.nan), stream_key(seed, "aggregate", state.round)
-        )
-        moved = algorithm.server_update(server, Merged(change, chosen, weight, replies.report))
-        # A method that changes the form of what it keeps would fail far from where it does so.
-        chex.assert_trees_all_equal_shapes_and_dtypes(moved, server, custom_message="server_update changed the server")
+        heard = replies.change, jnp.where(finite, replies.weight, jnp.nan), replies.report
+        moved, weight, more = learn(algorithm, aggregate, server, chosen, *heard, seed, state.round)
         chex.assert_trees_all_equal_shapes_and_dtypes(replies.own, before, custom_message="client_update changed own")
         after = replies.own
         if aggregate.leaves_out:
-            taken = weight > 0
-            moved = tree.where(jnp.any(taken), moved, server._replace(round=moved.round))
-            after = jax.vmap(tree.where)(taken, after, before)
+            after = jax.vmap(tree.where)(weight > 0, after, before)
         if not hosted:
             after = client_states.put(owns, chosen, after, mesh)
         sent = {name: jnp.full(cohort_size, n, jnp.int32) for name, n in traffic(algorithm, server, replies).items()}

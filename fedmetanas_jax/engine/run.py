@@ -13,7 +13,7 @@ from typing import NamedTuple
 from jax.sharding import Mesh
 
 from fedmetanas_jax.core import Algorithm, FederatedData, Phase, RoundState
-from fedmetanas_jax.engine import records, report
+from fedmetanas_jax.engine import hosts, records, report
 from fedmetanas_jax.engine.checkpoint import Checkpoints
 from fedmetanas_jax.engine.course import Course
 from fedmetanas_jax.engine.interrupt import interruptible
@@ -28,7 +28,7 @@ class Outcome(NamedTuple):
     algorithm: Algorithm
     plan: object  # the last algorithm's; JSON
     state: RoundState
-    summary: dict
+    summary: dict  # {} on other processes than the first one
 
 
 def run(
@@ -44,61 +44,77 @@ def run(
     identity: dict | None = None,
     accepted: Callable[[], None] = lambda: None,
     sinks: Sinks = NONE,
+    make_course: Callable[..., Course] = Course,
 ) -> Outcome | None:
     """Runs or resumes the phases in `workdir`.
 
     identity: of this run, for its checkpoints (see `identity.of`). accepted: called once nothing speaks against the run
     any more, before its first round. sinks: where else the records go; whoever made them ends them.
+    make_course: what does the rounds, with Course's arguments; another one may have them done elsewhere.
     Returns None where `stop_after` rounds of this call ended before the last one.
     Leaves records.jsonl and checkpoints/. Raises NonFiniteError, CheckpointError, WorkdirError where the records do
     not fit the checkpoint, OSError, and KeyboardInterrupt once Ctrl-C (or another signal) was obeyed.
     """
-    log = workdir / records.RECORDS
-    with closing(Checkpoints(workdir / "checkpoints")) as checkpoints, interruptible() as interrupt:
-        course = Course(phases, data, conduct, mesh, checkpoints, identity or {})
+    log, leads = workdir / records.RECORDS, hosts.leader()
+    with closing(_checkpoints(workdir / "checkpoints")) as checkpoints, interruptible() as interrupt:
+        course = make_course(phases, data, conduct, mesh, checkpoints, identity or {})
         notes: list[str] = []
         resumed = course.begin(notes.append)
-        past = records.resume(log, course.done) if resumed else []
+        past = records.resume(log, course.done, course.records) if resumed and leads else []
         accepted()
-        if not resumed:
+        if leads and not resumed:
             records.set_aside(log, notes.append)
         start = course.done
-        course.lost = sum(len(line.get("dropped", ())) for line in past)
+        course.lost = hosts.agreed(sum(len(line.get("dropped", ())) for line in past))
+        if course.account is not None:
+            course.account.add(hosts.agreed([line["noised_parts"] for line in past]))
         limit = conduct.rounds if stop_after is None else min(conduct.rounds, course.done + stop_after)
+
+        def save() -> None:
+            course.save(records.digest(records.read(log)) if leads else None)
+
         with progress(conduct.rounds, course.done, past) as show:
             for note in notes:
                 show.say(note)
             course.programs.say = show.say
             sinks.begin(past, show.say)
             while course.done < conduct.rounds:
-                if interrupt.signal is not None or course.done >= limit:
+                if hosts.heard(interrupt.signal) is not None or course.done >= limit:
                     if course.done > start:  # else there is nothing new to save
-                        course.save()
+                        save()
                     show.say(f"stopped after round {course.done} of {conduct.rounds}; to go on: {go_on}")
-                    interrupt.obey()
+                    hosts.obey(interrupt.signal)
                     return None
                 lines = course.advance(limit)
-                if course.done > len(lines) and not log.exists():  # it would be begun anew, without the rounds before
+                # It would be begun anew, without the rounds before.
+                if leads and course.done > len(lines) and not log.exists():
                     raise records.WorkdirError(f"{log} was removed while the run wrote it; {records.ADVICE}")
                 for line in lines:
                     if "dropped" in line:
-                        show.say(dropped(line))
+                        show.say(dropped(line, course.account is not None))
                 course.evaluate(lines[-1])
                 compiling = course.enter_next_phase(lines[-1], show.say)
                 lines[0]["compile_seconds"] = compiling + course.programs.spent_compiling()
-                for line in lines:
+                for line in lines if leads else ():
                     records.append(log, line)
                     show.round(line)
                     sinks.record(line)
                 if course.done == conduct.rounds or course.done % conduct.checkpoint_every == 0:
-                    course.save()
+                    save()
     # Once more as strictly as on resuming: in a long run somebody may have moved the file away.
-    return Outcome(course.algorithm, course.plan, course.state, report.summarize(records.resume(log, conduct.rounds)))
+    summary = report.summarize(records.resume(log, conduct.rounds)) if leads else {}
+    return Outcome(course.algorithm, course.plan, hosts.here(course.state), summary)
 
 
-def dropped(line: dict) -> str:
-    """What is said of a round in which replies were left out."""
+def _checkpoints(directory: Path) -> Checkpoints | hosts.Shared:
+    if not hosts.several():
+        return Checkpoints(directory)
+    return hosts.Shared(Checkpoints(directory) if hosts.leader() else None, directory)
+
+
+def dropped(line: dict, noise: bool = False) -> str:
+    """What is said of a round in which replies were left out; `noise`: the server moves all the same."""
     left, whole = line["dropped"], len(line["dropped"]) == len(line["cohort"])
     who = f"client{'s' if len(left) > 1 else ''} {', '.join(map(str, left))}"
-    stays = "; nobody is left, so the server stays as it was" if whole else ""
+    stays = "; nobody is left, so " + ("it is noise alone" if noise else "the server stays as it was") if whole else ""
     return f"round {line['round']}: left out {who}, whose reply was not finite{stays}"
