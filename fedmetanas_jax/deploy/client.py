@@ -1,0 +1,220 @@
+"""A client: one process for the whole run, which comes back by itself when the connection or the server is gone."""
+
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import grpc
+
+from fedmetanas_jax import build
+from fedmetanas_jax.config import Config
+from fedmetanas_jax.data.dataset import DataError
+from fedmetanas_jax.deploy import credentials, terms
+from fedmetanas_jax.deploy.wire import (
+    FROM_SERVER,
+    LARGEST,
+    METHOD,
+    PROTOCOL,
+    TEXT,
+    Damaged,
+    Message,
+    Reader,
+    frames,
+    plain,
+)
+from fedmetanas_jax.deploy.work import Worker, WorkError
+from fedmetanas_jax.engine.claim import claim
+from fedmetanas_jax.engine.records import WorkdirError, versions
+from fedmetanas_jax.files import to_json, write_text
+from fedmetanas_jax.options import UsageError
+
+FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between two tries to reach the server
+# What gRPC says where the server's certificate is to blame; and where the server ended the connection before a word was
+# said, as it does for a certificate of another CA or one that has expired.
+OF_THE_SERVER, UNHEARD = ("certificate", "handshake", "ssl_error", "hostname"), ("socket closed", "reset by peer")
+RUN = "run.txt"  # in the workdir: which run it is of
+
+
+class JoinError(Exception):
+    """The server will not have this client, now or later. One line."""
+
+
+class Asked(NamedTuple):
+    """What a command line asks for."""
+
+    server: str  # host:port
+    data: Path  # the client's own .npz
+    workdir: Path
+    certs: Path | None  # None: without TLS
+    name: str = ""  # without TLS alone
+
+
+def join(asked: Asked, say: Callable[[str], None]) -> None:
+    """Takes part until the run is done. Raises one of FAILURES, or KeyboardInterrupt."""
+    host = asked.server.rpartition(":")[0].strip("[]")
+    pair = None
+    if asked.certs is None:
+        credentials.check_loopback(host)
+        say("without TLS: anybody on this machine can read and forge what is sent")
+    else:
+        pair = credentials.read(asked.certs, "client")
+    if not asked.data.is_file():  # said now, and not when a server has long waited for this client
+        raise DataError(f"{asked.data}, this client's images, is no file")
+    build.prepare_jax(Config())
+    with claim(asked.workdir, {"data": str(asked.data.absolute())}, say, frozenset({"data"})) as claimed:
+        claimed.write()
+        client, wait = _Client(asked, say), FIRST_WAIT
+        while True:
+            try:
+                with _channel(asked.server, pair) as channel:
+                    client.session(channel)
+                return
+            except grpc.RpcError as error:
+                wait = FIRST_WAIT if client.heard else min(2 * wait, LONGEST_WAIT)
+                text = plain(error.details() or str(error.code()))
+                hint = "" if pair is None or client.heard else _hint(text.lower())
+                say(f"no connection to {asked.server} ({text}){hint}; trying again in {wait:.1f} s")
+            except _Back as error:
+                say(f"the server closed the connection: {error}; trying again in {wait:.1f} s")
+            time.sleep(wait * random.uniform(0.8, 1.2))  # or all would come at the same moment
+
+
+def _hint(text: str) -> str:
+    if any(word in text for word in OF_THE_SERVER):
+        return "; the server's certificate is not accepted here: is it of the CA in ca.pem, and for this host's name?"
+    if any(word in text for word in UNHEARD):
+        return "; if the server runs, it does not accept this client's certificate: is it of the server's CA?"
+    return ""
+
+
+class _Back(Exception):
+    """The server closed the connection, and coming back may help."""
+
+
+class _Client:
+    def __init__(self, asked: Asked, say: Callable[[str], None]):
+        self._asked, self._say = asked, say
+        self._worker: Worker | None = None
+        path = asked.workdir / RUN
+        self._run = path.read_text().strip() if path.exists() else ""
+        self.heard = False  # whether the server has answered on the last connection
+
+    def session(self, channel: grpc.Channel) -> None:
+        """One connection, to the end of the run. grpc.RpcError: it broke; _Back: the server closed it."""
+        self.heard = False
+        out: queue.SimpleQueue = queue.SimpleQueue()
+        call = channel.stream_stream(METHOD)(_outgoing(out))
+        reader = Reader(FROM_SERVER)
+        # The first answer is small; nothing but a server that is stuck takes long for it.
+        timer = threading.Timer(30.0, lambda: None if self.heard else call.cancel())
+        timer.daemon = True
+        timer.start()
+        about = versions()
+        hello = {"protocol": PROTOCOL, "version": about["fedmetanas_jax"], "jax": about["jax"]}
+        self._send(out, "hello", **hello, run=self._run, name=self._asked.name)
+        try:
+            for frame in call:
+                self.heard = True
+                message = reader.feed(frame)
+                if message is not None and self._obey(message, out, reader):
+                    return
+            raise _Back("without a word")
+        except Damaged as error:
+            raise JoinError(f"the server sends what is no message of this version: {error}") from None
+        finally:
+            timer.cancel()
+            out.put(None)
+            call.cancel()
+
+    def _send(self, out: queue.SimpleQueue, kind: str, payload: bytes = b"", **fields) -> None:
+        out.put((kind, payload, fields))
+
+    def _obey(self, message: Message, out: queue.SimpleQueue, reader: Reader) -> bool:
+        """Does what the server asks for -> whether the run is done."""
+        kind, fields = message.kind, message.fields
+        if kind == "welcome":
+            self._begin(fields)
+        elif kind == "closed":
+            reason = plain(fields["reason"])
+            if fields["final"]:
+                raise JoinError(f"the server refuses this client: {reason}")
+            raise _Back(reason)
+        elif kind == "done":
+            self._say(f"the run is done after {fields['rounds']} rounds")
+            return True
+        elif kind == "taken":
+            self._say(f"round {fields['round']}: taken")
+        elif kind == "refused":
+            self._say(f"round {fields['round']}: the server did not take the reply: {plain(fields['reason'])}")
+        elif self._worker is None:
+            raise Damaged(f"'{kind}' before 'welcome'")
+        elif kind == "prepare":
+            clock = time.perf_counter()
+            name = self._worker.prepare(fields["phase"], fields["plan"])
+            seconds = time.perf_counter() - clock
+            if seconds > 1:
+                self._say(f"compiled the program of phase {fields['phase']} in {seconds:.1f} s")
+            # A new connection has a reader that knows of no room yet.
+            reader.room = {"train": self._worker.room(name)}
+            if self._worker.has_global_model(name):
+                reader.room["judge"] = self._worker.room_to_judge(name)
+            self._send(out, "ready", phase=fields["phase"], plan=name)
+        else:
+            self._work(kind, fields, message.payload, out)
+        for line in self._worker.said if self._worker else ():
+            self._say(line)
+        if self._worker:
+            self._worker.said.clear()
+        return False
+
+    def _work(self, kind: str, fields: dict, payload, out: queue.SimpleQueue) -> None:
+        fields = dict(fields)
+        where = {"plan": fields.pop("plan"), "layout_of": fields.pop("layout")}
+        round = fields["round"]
+        try:
+            if kind == "train":
+                done = self._worker.train(payload, **where, **fields)
+                self._send(out, "update", done.row, **done.fields)
+            else:
+                self._send(out, "judged", round=round, **self._worker.judge(payload, **where))
+        except (WorkError, ValueError, OSError, KeyError) as error:
+            # The server is not told where this client's files are.
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            where = f": {error.filename}" if isinstance(error, OSError) and error.filename else ""
+            self._say(f"round {round}: no reply: {reason}{where}")
+            self._send(out, "failed", round=round, reason=plain(reason, TEXT - 10))
+
+    def _begin(self, fields: dict) -> None:
+        agreed = terms.read(fields["terms"])
+        run = terms.run_of(agreed)
+        if run != fields["run"]:
+            raise JoinError("the server's terms are not those of the run that it names")
+        if self._run not in ("", run):
+            raise JoinError(f"{self._asked.workdir} is of another run than the server's; use another workdir")
+        if self._run != run:
+            write_text(self._asked.workdir / RUN, run + "\n")
+            write_text(self._asked.workdir / "terms.json", to_json(agreed._asdict(), 2) + "\n")
+            self._run = run
+        self._say(f"joined as {plain(fields['name'])}, place {fields['place']}, before round {fields['round']}")
+        if self._worker is None:
+            self._worker = Worker(agreed, fields["place"], self._asked.data, self._asked.workdir)
+
+
+def _outgoing(out: queue.SimpleQueue) -> Iterator[bytes]:
+    while (letter := out.get()) is not None:
+        kind, payload, fields = letter
+        yield from frames(kind, payload, **fields)
+
+
+def _channel(server: str, pair: credentials.Pair | None) -> grpc.Channel:
+    options = [*credentials.OPTIONS, ("grpc.max_receive_message_length", LARGEST)]
+    if pair is None:
+        return grpc.insecure_channel(server, options)
+    return grpc.secure_channel(server, credentials.of_client(pair), options)
+
+
+FAILURES = (UsageError, DataError, JoinError, WorkdirError, OSError)  # that a user can cause or meet
