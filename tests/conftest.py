@@ -15,7 +15,10 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path("~/.cache/fedmetanas
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 # Of few tests but long: begun last, one process would wait for the other.
-LONG = ("test_interruption.py", "test_stopping.py", "test_search_quality.py", "test_contract.py", "test_fednas.py")
+LONG = (
+    "test_interruption.py", "test_hosts.py", "test_stopping.py", "test_search_quality.py", "test_contract.py",
+    "test_fednas.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import socket
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from fedmetanas_jax import tree
 from fedmetanas_jax.config import Config, to_dict
 from fedmetanas_jax.data.dataset import DataError
 from fedmetanas_jax.data.sources import load
-from fedmetanas_jax.deploy import credentials, layout, share, states, terms
+from fedmetanas_jax.deploy import client, credentials, layout, share, states, terms
 from fedmetanas_jax.engine.round import traffic_of
 from fedmetanas_jax.options import UsageError
 
@@ -160,3 +161,13 @@ def test_certificates_are_made_once_and_expired_ones_are_told(tmp_path):
         credentials.read(tmp_path / "clients/a", "server")
     with pytest.raises(UsageError, match="is no client's name"):
         certs.make(tmp_path, ["../x"], [], 1.0)
+
+
+def test_a_client_gives_up_on_a_server_that_stays_away(tmp_path):
+    with socket.socket() as taken:  # bound, but nobody listens
+        taken.bind(("127.0.0.1", 0))
+        where, said = f"127.0.0.1:{taken.getsockname()[1]}", []
+        asked = client.Asked(where, file(tmp_path), tmp_path / "run", None, "mine", give_up=0.0)
+        with pytest.raises(client.JoinError, match=f"no connection to {where} .*; given up after 0 s"):
+            client.join(asked, said.append)
+    assert not any("trying again" in line for line in said)

@@ -51,6 +51,7 @@ class Asked(NamedTuple):
     workdir: Path
     certs: Path | None  # None: without TLS
     name: str = ""  # without TLS alone
+    give_up: float = 3600.0  # seconds without a server after which the client ends
 
 
 def join(asked: Asked, say: Callable[[str], None]) -> None:
@@ -67,18 +68,25 @@ def join(asked: Asked, say: Callable[[str], None]) -> None:
     build.prepare_jax(Config())
     with claim(asked.workdir, {"data": str(asked.data.absolute())}, say, frozenset({"data"})) as claimed:
         claimed.write()
-        client, wait = _Client(asked, say), FIRST_WAIT
+        client, wait, heard = _Client(asked, say), FIRST_WAIT, time.monotonic()
         while True:
             try:
                 with _channel(asked.server, pair) as channel:
                     client.session(channel)
                 return
             except grpc.RpcError as error:
-                wait = FIRST_WAIT if client.heard else min(2 * wait, LONGEST_WAIT)
+                if client.heard:
+                    client.heard, wait, heard = False, FIRST_WAIT, time.monotonic()
+                else:
+                    wait = min(2 * wait, LONGEST_WAIT)
                 text = plain(error.details() or str(error.code()))
-                hint = "" if pair is None or client.heard else _hint(text.lower())
-                say(f"no connection to {asked.server} ({text}){hint}; trying again in {wait:.1f} s")
+                hint = "" if pair is None else _hint(text.lower())
+                why = f"no connection to {asked.server} ({text}){hint}"
+                if time.monotonic() - heard > asked.give_up:
+                    raise JoinError(f"{why}; given up after {asked.give_up:g} s (--give_up)") from None
+                say(f"{why}; trying again in {wait:.1f} s")
             except _Back as error:
+                heard = time.monotonic()
                 say(f"the server closed the connection: {error}; trying again in {wait:.1f} s")
             time.sleep(wait * random.uniform(0.8, 1.2))  # or all would come at the same moment
 
