@@ -58,12 +58,26 @@ def read(path: str | Path) -> list[dict]:
     return records
 
 
+class Digest:
+    """SHA-256 of records, one after another, however they are spaced in their file."""
+
+    def __init__(self, lines: Sequence[dict] = ()):
+        self._hashed = hashlib.sha256()
+        for line in lines:
+            self.add(line)
+
+    def add(self, line: dict) -> None:
+        """Takes in one more record."""
+        self._hashed.update(to_json(line).encode() + b"\n")
+
+    def text(self) -> str:
+        """Of all so far, in hexadecimal digits."""
+        return self._hashed.hexdigest()
+
+
 def digest(lines: Sequence[dict]) -> str:
-    """SHA-256 of these records, however they are spaced in their file."""
-    hashed = hashlib.sha256()
-    for line in lines:
-        hashed.update(to_json(line).encode() + b"\n")
-    return hashed.hexdigest()
+    """Of these records."""
+    return Digest(lines).text()
 
 
 def resume(path: str | Path, done: int, sha256: str | None = None) -> list[dict]:

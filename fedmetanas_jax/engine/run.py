@@ -69,10 +69,7 @@ def run(
         if course.account is not None:
             course.account.add(hosts.agreed([line["noised_parts"] for line in past]))
         limit = conduct.rounds if stop_after is None else min(conduct.rounds, course.done + stop_after)
-
-        def save() -> None:
-            course.save(records.digest(records.read(log)) if leads else None)
-
+        written = records.Digest(past)
         with progress(conduct.rounds, course.done, past) as show:
             for note in notes:
                 show.say(note)
@@ -81,7 +78,7 @@ def run(
             while course.done < conduct.rounds:
                 if hosts.heard(interrupt.signal) is not None or course.done >= limit:
                     if course.done > start:  # else there is nothing new to save
-                        save()
+                        course.save(written.text())
                     show.say(f"stopped after round {course.done} of {conduct.rounds}; to go on: {go_on}")
                     hosts.obey(interrupt.signal)
                     return None
@@ -97,12 +94,13 @@ def run(
                 lines[0]["compile_seconds"] = compiling + course.programs.spent_compiling()
                 for line in lines if leads else ():
                     records.append(log, line)
+                    written.add(line)
                     show.round(line)
                     sinks.record(line)
                 if course.done == conduct.rounds or course.done % conduct.checkpoint_every == 0:
-                    save()
+                    course.save(written.text())
     # Once more as strictly as on resuming: in a long run somebody may have moved the file away.
-    summary = report.summarize(records.resume(log, conduct.rounds)) if leads else {}
+    summary = report.summarize(records.resume(log, conduct.rounds, written.text())) if leads else {}
     return Outcome(course.algorithm, course.plan, hosts.here(course.state), summary)
 
 
