@@ -6,6 +6,7 @@
 import importlib
 import sys
 
+import command
 import jax
 import jax.numpy as jnp
 
@@ -39,4 +40,4 @@ def wide(model: Model, setting: Setting) -> Algorithm:
 if __name__ == "__main__":
     ALGORITHMS["wide"] = wide
     sys.argv[:2] = [sys.argv[1]]
-    sys.exit(importlib.import_module(sys.argv[0]).main(sys.argv))
+    command.leave(importlib.import_module(sys.argv[0]).main(sys.argv))
