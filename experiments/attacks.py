@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import command
 import numpy as np
 from command import Flag
-from main import FLAGS, Parsed, failures, help_text, list_text, parse
+from main import FLAGS, Parsed, failures, help_or_list, parse
 
 from fedmetanas_jax.config import Config, to_dict, validate
 from fedmetanas_jax.files import write_json, write_text
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
         if asked.show == "run":
             attacks(argv, asked)
         else:
-            print(help_text(asked, __doc__, OWN) if asked.show == "help" else list_text())
+            print(help_or_list(asked, __doc__, OWN))
 
     return command.exit_status(answer, failures)
 

@@ -176,6 +176,11 @@ def _docstring(thing: Callable) -> list[str]:
     return (inspect.getdoc(thing) or " ").splitlines()  # python -OO leaves none
 
 
+def help_or_list(asked: Parsed, *about) -> str:
+    """What was asked for in place of a run. about: of `help_text`, for other scripts."""
+    return help_text(asked, *about) if asked.show == "help" else list_text()
+
+
 def failures() -> tuple:
     """What a run can fail of; loads jax."""
     from fedmetanas_jax.build import FAILURES
@@ -200,7 +205,7 @@ def main(argv: list[str]) -> int:
     def answer() -> int | None:
         asked = parse(argv)
         if asked.show != "run":
-            return command.show(help_text(asked) if asked.show == "help" else list_text())
+            return command.show(help_or_list(asked))
         if not _in_cluster(asked.values):
             return _run(asked, asked.values["sinks"])
         with jax_variables():

@@ -17,7 +17,7 @@ import time
 import command
 import numpy as np
 from command import Flag
-from main import FLAGS, failures, help_text, list_text, parse
+from main import FLAGS, failures, help_or_list, parse
 
 from fedmetanas_jax.config import Config
 from fedmetanas_jax.files import write_json, write_text
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     def answer() -> None:
         asked = parse(argv, FLAGS | OWN)
         if asked.show != "run":
-            print(help_text(asked, __doc__, FLAGS | OWN) if asked.show == "help" else list_text())
+            print(help_or_list(asked, __doc__, FLAGS | OWN))
             return
         if asked.values["out"] is None:
             raise UsageError("--out=NAME is needed: where the table is written")

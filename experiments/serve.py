@@ -59,8 +59,7 @@ def main(argv: list[str]) -> int:
     def answer() -> None:
         asked = run_script.parse(argv, FLAGS)
         if asked.show != "run":
-            help_text = run_script.help_text(asked, __doc__, FLAGS)
-            return command.show(help_text if asked.show == "help" else run_script.list_text())
+            return command.show(run_script.help_or_list(asked, __doc__, FLAGS))
         try:
             where = listening(asked, asked.values)
         except ModuleNotFoundError as error:
