@@ -9,6 +9,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["fedmetanas_jax", "fedmetanas_jax.*"]),
     package_data={"fedmetanas_jax.data": ["digits.npz", "DIGITS.md"]},
+    entry_points={"console_scripts": ["fedmetanas=fedmetanas_jax.main:console"]},
     install_requires=[
         "jax>=0.10.2",
         "flax>=0.12.8",

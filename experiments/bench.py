@@ -17,12 +17,12 @@ import time
 from functools import partial
 from pathlib import Path
 
-import command
-from command import Flag
 from timing import results
 from timing.cases import SWEEPS
 from timing.workers import Worker, WorkerError, measure
 
+from fedmetanas_jax import command
+from fedmetanas_jax.command import Flag
 from fedmetanas_jax.options import UsageError
 
 MINUTES = {"quick": 5.0, "gpu": 9.0, "tiny": 5.0}

@@ -13,9 +13,8 @@ import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import command
-from command import Flag
-
+from fedmetanas_jax import command
+from fedmetanas_jax.command import Flag
 from fedmetanas_jax.files import write_bytes
 from fedmetanas_jax.options import UsageError, parse_path
 

@@ -21,13 +21,13 @@ import sys
 from functools import partial
 from typing import Literal
 
-import command
 import numpy as np
-from command import Flag
-from main import FLAGS, Parsed, failures, help_or_list, parse
 
+from fedmetanas_jax import command
+from fedmetanas_jax.command import Flag
 from fedmetanas_jax.config import Config, to_dict
 from fedmetanas_jax.files import write_json, write_text
+from fedmetanas_jax.main import FLAGS, Parsed, failures, help_or_list, parse
 from fedmetanas_jax.options import UsageError
 
 METHODS = ("fedavg", "fedprox", "scaffold", "ditto", "perfedavg", "fedrep", "fedbabu")

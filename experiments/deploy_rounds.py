@@ -17,10 +17,10 @@ import tempfile
 import time
 from pathlib import Path
 
-import command
-from command import Flag
 from trial import Trial, TrialError
 
+from fedmetanas_jax import command
+from fedmetanas_jax.command import Flag
 from fedmetanas_jax.files import write_json, write_text
 from fedmetanas_jax.options import parse_path
 

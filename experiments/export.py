@@ -21,11 +21,10 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import command
-from command import Flag
-from main import failures
-
+from fedmetanas_jax import command
+from fedmetanas_jax.command import Flag
 from fedmetanas_jax.files import write_json
+from fedmetanas_jax.main import failures
 from fedmetanas_jax.options import UsageError, nearest, parse_path
 
 # (the module of `exports`, the packages it needs, the extra that brings them) of every format.

@@ -19,11 +19,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import certs
-import command
-from command import Flag
 from rogue import Rogue, Throttle
 from trial import Trial, TrialError
 
+from fedmetanas_jax import command
+from fedmetanas_jax.command import Flag
 from fedmetanas_jax.files import write_json, write_text
 from fedmetanas_jax.options import parse_path
 

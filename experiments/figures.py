@@ -11,12 +11,12 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import command
 import tables
-from command import Flag
-from main import failures
 from study.paper import TABLES
 
+from fedmetanas_jax import command
+from fedmetanas_jax.command import Flag
+from fedmetanas_jax.main import failures
 from fedmetanas_jax.options import UsageError, nearest
 
 FIGURES = {"3": 1, "4": 2}  # the table that has the same runs

@@ -22,9 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 
-import command
-from command import Flag
-
+from fedmetanas_jax import command
+from fedmetanas_jax.command import Flag
 from fedmetanas_jax.files import write_json, write_text
 from fedmetanas_jax.options import UsageError, nearest
 

@@ -10,9 +10,8 @@ main.py's; 1 also where the server refuses it.
 import sys
 from functools import partial
 
-import command
-from command import Flag
-
+from fedmetanas_jax import command
+from fedmetanas_jax.command import Flag
 from fedmetanas_jax.environment import jax_variables
 from fedmetanas_jax.options import UsageError, parse_path
 

@@ -14,13 +14,13 @@ import shlex
 import sys
 import time
 
-import command
 import numpy as np
-from command import Flag
-from main import FLAGS, failures, help_or_list, parse
 
+from fedmetanas_jax import command
+from fedmetanas_jax.command import Flag
 from fedmetanas_jax.config import Config
 from fedmetanas_jax.files import write_json, write_text
+from fedmetanas_jax.main import FLAGS, failures, help_or_list, parse
 from fedmetanas_jax.options import UsageError
 
 SEARCHES = (

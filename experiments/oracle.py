@@ -20,19 +20,18 @@ Exit status: 0 all shares are below --most or below ten times PyTorch's own, 1 o
 
 import sys
 
-import command
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
-from command import Flag
 from timing.cases import SCHEDULE
 from torch_bench import convert, rounds
 from torch_bench.supernet import Supernet, mix
 
-from fedmetanas_jax import tree
+from fedmetanas_jax import command, tree
 from fedmetanas_jax.algorithms.fedmetanas import fedmetanas
+from fedmetanas_jax.command import Flag
 from fedmetanas_jax.core import Alpha, Examples, Setting
 from fedmetanas_jax.data import sources
 from fedmetanas_jax.models.darts import darts_space

@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import command
 import numpy as np
-from command import Flag
 from folders import Picture, listed, pixels
 
+from fedmetanas_jax import command
+from fedmetanas_jax.command import Flag
 from fedmetanas_jax.data import sources
 from fedmetanas_jax.options import UsageError, parse_path
 

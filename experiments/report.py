@@ -12,11 +12,10 @@ import shlex
 import sys
 from functools import partial
 
-import command
-from command import Flag
-from main import failures
-
+from fedmetanas_jax import command
+from fedmetanas_jax.command import Flag
 from fedmetanas_jax.files import write_text
+from fedmetanas_jax.main import failures
 from fedmetanas_jax.options import UsageError, parse_path
 
 FLAGS = {

@@ -22,12 +22,11 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import command
-from command import Flag
-from main import failures
-
+from fedmetanas_jax import command
+from fedmetanas_jax.command import Flag
 from fedmetanas_jax.config import Config, from_dict
 from fedmetanas_jax.files import write_json, write_text
+from fedmetanas_jax.main import failures
 from fedmetanas_jax.options import UsageError
 
 FLAGS = {

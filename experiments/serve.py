@@ -11,10 +11,9 @@ status as main.py's.
 import sys
 from typing import Any
 
-import command
-import main as run_script
-from command import Flag
-
+from fedmetanas_jax import command
+from fedmetanas_jax import main as run_script
+from fedmetanas_jax.command import Flag
 from fedmetanas_jax.config import to_dict
 from fedmetanas_jax.engine.interrupt import interruptible
 from fedmetanas_jax.engine.sink_kinds import Run

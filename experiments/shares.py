@@ -8,11 +8,11 @@ in their order. Flags of the task as main.py's. Exit status as main.py's.
 
 import sys
 
-import command
-import main as run_script
 import numpy as np
-from command import Flag
 
+from fedmetanas_jax import command
+from fedmetanas_jax import main as run_script
+from fedmetanas_jax.command import Flag
 from fedmetanas_jax.options import UsageError, parse_path
 
 FLAGS = {name: flag for name, flag in run_script.FLAGS.items() if name not in ("workdir", "stop_after", "list")} | {

@@ -22,13 +22,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import command
-from command import Flag
-from main import failures
 from study.paper import TABLES
 from study.scales import SCALES
 
+from fedmetanas_jax import command
+from fedmetanas_jax.command import Flag
 from fedmetanas_jax.files import write_json, write_text
+from fedmetanas_jax.main import failures
 from fedmetanas_jax.options import UsageError, nearest, parse_path, parse_value
 
 FLAGS = {

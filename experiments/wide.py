@@ -6,10 +6,10 @@
 import importlib
 import sys
 
-import command
 import jax
 import jax.numpy as jnp
 
+from fedmetanas_jax import command
 from fedmetanas_jax.algorithms import ALGORITHMS
 from fedmetanas_jax.algorithms.fedavg import fedavg
 from fedmetanas_jax.core import Algorithm, Model, Setting

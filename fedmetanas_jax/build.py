@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from fedmetanas_jax import deliver, environment, pictures
 from fedmetanas_jax.algorithms import ALGORITHMS
 from fedmetanas_jax.architecture import Architecture, make_architecture, searches
-from fedmetanas_jax.config import FILE, MAY_CHANGE, SIZED, Config, to_dict, validate
+from fedmetanas_jax.config import FILE, SIZED, Config, may_change, to_dict, validate
 from fedmetanas_jax.core import Algorithm, FederatedData, Phase, Setting
 from fedmetanas_jax.data import federated, manifest, natural, partition, picture, sources
 from fedmetanas_jax.data.augment import augmenter
@@ -179,13 +179,13 @@ def run(
         parts = deal(config, dataset, first_algorithm(phases).least_rows)
         data = federate(config, dataset, parts)
         check_aggregate(config, conduct, phases, data)
-        mine = identity.of(to_dict(config), MAY_CHANGE, data)
+        mine = identity.of(to_dict(config), may_change(config), data)
         hosts.obey(interrupt.signal)
         _check_processes(config, mine, stop_after)
         if not hosts.leader():
             engine.run(phases, data, conduct, workdir=workdir, mesh=mesh, stop_after=stop_after, identity=mine)
             return
-        with claim(workdir, to_dict(config), print, MAY_CHANGE) as claimed, _hindrances(command):
+        with claim(workdir, to_dict(config), print, may_change(config)) as claimed, _hindrances(command):
 
             def accepted() -> None:
                 if chosen.genotype is not None:
@@ -270,7 +270,7 @@ def check_aggregate(config: Config, conduct: Conduct, phases: list[Phase], data:
     if stages.noise is not None:
         accountant.library()
         privacy.check_run(stages.noise, phases, config.bn_eval)
-    if stages.noise is not None or stages.by_rank:
+    if stages.noise is not None or stages.by_rank or stages.secure is not None:
         algorithm = first_algorithm(phases)
         step = make_round(algorithm, cohort_size=config.cohort, at_once=1, aggregate=stages)
         jax.eval_shape(step, state_shapes(algorithm, config.clients), data, jnp.int32(1))

@@ -135,6 +135,16 @@ class Config:
 
 
 MAY_CHANGE = frozenset(field.name for field in dataclasses.fields(Config) if field.metadata.get("how"))
+
+
+def may_change(config: Config) -> frozenset[str]:
+    """The fields that say how this run is run, and not what it is.
+
+    Where a file deals out the images, its path is one of them: checkpoints have a hash of the rows it dealt.
+    """
+    return MAY_CHANGE | ({"partition"} if config.partition.endswith(FILE) else set())
+
+
 MOBILENETS = {"mobilenetv3_large": "large", "mobilenetv3_tiny": "tiny"}  # by the name config.network has for them
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 sys.path += [str(Path(__file__).parents[1] / "experiments")]
 
-import command
 import toy
 import toy_federation
 
+from fedmetanas_jax import command
 from fedmetanas_jax.engine import hosts, together
 from fedmetanas_jax.engine.course import Course
 from fedmetanas_jax.engine.interrupt import interruptible

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.util
 import subprocess
 import sys
 import types
@@ -11,14 +10,12 @@ from pathlib import Path
 import pytest
 
 import fedmetanas_jax
+from fedmetanas_jax import main as cli
 from fedmetanas_jax.config import Config
 from fedmetanas_jax.options import UsageError
 from fedmetanas_jax.tasks import TASKS
 
 MAIN = Path(__file__).parents[1] / "experiments" / "main.py"
-SPEC = importlib.util.spec_from_file_location("experiments_main", MAIN)
-cli = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(cli)
 
 
 def searching(network, setting, *, M: int = 1, eta: float = 0.01, exact: bool = False):
@@ -258,3 +255,10 @@ def test_the_script_runs_from_anywhere(tmp_path):
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: config.rounds: 'many' is not a whole number\n"
+
+
+def test_pip_installs_it_as_a_command(tmp_path):
+    installed = Path(sys.executable).with_name("fedmetanas")
+    done = subprocess.run([installed, "--config=digits_dir1"], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: no task 'digits_dir1'; did you mean 'digits_dir01'")

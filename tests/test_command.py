@@ -9,10 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import command
 import pytest
-from command import Flag
 
+from fedmetanas_jax import command
+from fedmetanas_jax.command import Flag
 from fedmetanas_jax.options import UsageError
 
 FLAGS = {

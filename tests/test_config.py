@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 
-from fedmetanas_jax.config import MAY_CHANGE, Config, from_dict, to_dict, validate
+from fedmetanas_jax.config import MAY_CHANGE, Config, from_dict, may_change, to_dict, validate
 from fedmetanas_jax.options import UsageError, fits, nearest, option_types, parse_options, parse_path, parse_value
 from fedmetanas_jax.tasks import TASKS
 
@@ -147,7 +147,7 @@ def test_the_bounds_themselves_are_allowed():
 
 def test_what_may_change_says_how_a_run_is_run():
     fields = {"at_once", "devices", "client_states", "compile_ahead", "block", "checkpoint_every"}
-    assert MAY_CHANGE == fields | {"eval_every", "adapt_every", "final_adapt"}
+    assert MAY_CHANGE == fields | {"eval_every", "adapt_every", "final_adapt"} == may_change(Config())
 
 
 def test_nearest_offers_what_was_probably_meant():

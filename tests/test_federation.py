@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fedmetanas_jax import build
-from fedmetanas_jax.config import MAY_CHANGE, Config, to_dict, validate
+from fedmetanas_jax.config import Config, may_change, to_dict, validate
 from fedmetanas_jax.data import manifest, sources
 from fedmetanas_jax.data.natural import natural
 from fedmetanas_jax.data.partition import Partition
@@ -134,16 +134,16 @@ def test_a_runs_partition_can_be_dealt_again(tmp_path, kind):
 
 def test_a_run_of_other_rows_is_another_run(tmp_path):
     paths = [left(tmp_path / str(seed), seed=seed) for seed in (1, 2)]
-    path = tmp_path / "partition.json"
+    path, moved = tmp_path / "partition.json", tmp_path / "moved.json"
     found = []
-    for source in paths:
-        path.write_bytes(source.read_bytes())
-        mine = config(partition=str(path))
+    for source, file in ((paths[0], path), (paths[0], moved), (paths[1], path)):
+        file.write_bytes(source.read_bytes())
+        mine = config(partition=str(file))
         data = build.federate(mine, OWNED, build.deal(mine, OWNED, 1))
-        found.append(identity.of(to_dict(mine), MAY_CHANGE, data))
-    identity.check(found[0], found[0], tmp_path)
+        found.append(identity.of(to_dict(mine), may_change(mine), data))
+    identity.check(found[0], found[1], tmp_path)  # a file that has moved deals out the same rows
     with pytest.raises(CheckpointError, match="of another run: the rows of the clients are not the same"):
-        identity.check(*found, tmp_path)
+        identity.check(found[0], found[2], tmp_path)
 
 
 def test_a_partition_that_does_not_fit_is_refused(tmp_path):

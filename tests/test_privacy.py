@@ -6,14 +6,13 @@ from functools import cache
 
 import jax
 import jax.numpy as jnp
-import main
 import numpy as np
 import pytest
 import toy
 from scipy.stats import norm
 from toy_federation import NAMES, federation, first_algorithm
 
-from fedmetanas_jax import tree
+from fedmetanas_jax import main, tree
 from fedmetanas_jax.build import one_phase
 from fedmetanas_jax.core import Noise, Phase
 from fedmetanas_jax.engine import accountant, aggregate, privacy
