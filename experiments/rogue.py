@@ -1,4 +1,4 @@
-"""For faults.py: somebody who speaks the wire and means harm, and a network that is slow."""
+"""For faults.py: somebody who speaks the wire and means harm, and a network that is slow or gone."""
 
 import json
 import math
@@ -117,10 +117,14 @@ class Rogue:
 
 
 class Throttle:
-    """A TCP proxy on a port of 127.0.0.1 that lets so many bytes a second through each way."""
+    """A TCP proxy on a port of 127.0.0.1 that lets so many bytes a second through each way.
 
-    def __init__(self, target: int, rate: float):
+    While it is `gone` it swallows what it gets, of connections that begin meanwhile too, and ends none.
+    """
+
+    def __init__(self, target: int, rate: float = math.inf):
         self._target, self._rate, self._open = target, rate, True
+        self.gone = False
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
@@ -143,11 +147,14 @@ class Throttle:
                 threading.Thread(target=self._pump, args=pair, daemon=True).start()
 
     def _pump(self, source: socket.socket, sink: socket.socket) -> None:
-        piece = max(256, int(self._rate / 20))
+        piece = max(256, int(min(self._rate / 20, 1 << 16)))
+        lost = False
         try:
             while self._open and (data := source.recv(piece)):
-                sink.sendall(data)
-                time.sleep(len(data) / self._rate)
+                lost = lost or self.gone  # a stream with a hole in it is of no use any more
+                if not lost:
+                    sink.sendall(data)
+                    time.sleep(len(data) / self._rate)
         except OSError:
             pass
         finally:

@@ -63,11 +63,11 @@ class Trial:
             raise TrialError(f"{script} ended with {done.returncode}: {done.stderr[-2000:]}")
         return done.stdout
 
-    def serve(self, *flags: str) -> subprocess.Popen:
-        """Starts the server, or starts it again."""
+    def serve(self, *flags: str, process: str = "server") -> subprocess.Popen:
+        """Starts the server, or starts it again; as `process`, if it is not to be its own."""
         how = ["--insecure"] if self.insecure else ["--host=127.0.0.1", f"--certs={self.folder / 'certs'}"]
         where = [f"--workdir={self.workdir}", f"--port={self.port}"]
-        return self.start("server", "serve", *self.fields, *where, *how, *flags)
+        return self.start(process, "serve", *self.fields, *where, *how, *flags)
 
     def join(
         self, client: int, *flags: str, port: int | None = None, process: str = "", **env: str

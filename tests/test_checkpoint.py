@@ -1,7 +1,9 @@
 """Checkpoints: every bit comes back, damage is found and survived, and so is a kill at any moment."""
 
+import logging
 import multiprocessing
 import random
+import resource
 import shutil
 import time
 from typing import NamedTuple
@@ -126,6 +128,21 @@ def test_a_folder_of_the_users_own_stays(directory):
     assert Checkpoints(directory).restore_newest(template, said.append)[0] == 4
     for name in ("old", "damaged/3", "notes"):
         assert (directory / name / "mine").read_text() == "mine"
+
+
+def test_a_disk_that_is_full_leaves_no_traceback_in_the_log(directory, caplog):
+    checkpoints, state = Checkpoints(directory), {"x": np.random.default_rng(0).integers(0, 256, 100_000, np.uint8)}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # of any file
+    try:
+        with pytest.raises(CheckpointError, match="checkpoint 4 cannot be saved in .*once the folder can be written"):
+            checkpoints.save(4, state, {"step": 4})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [record for record in caplog.records if record.exc_info] == []
+    assert checkpoints.candidates() == [3, 2]
+    logging.getLogger("absl").error("of somebody else", exc_info=(ValueError, ValueError("x"), None))
+    assert [record.message for record in caplog.records if record.exc_info] == ["of somebody else"]
 
 
 def test_a_checkpoint_that_cannot_be_written_is_one_line_and_the_older_ones_stay(directory, monkeypatch):

@@ -8,8 +8,10 @@ All leaves are stored as one row of bytes: storage costs 0.5 ms an array, and a 
 Their names, types and shapes stand in the meta, in order.
 """
 
+import contextlib
 import hashlib
 import json
+import logging
 import math
 import shutil
 from collections.abc import Callable
@@ -98,7 +100,8 @@ class Checkpoints:
         state_args = self._args.StandardSave(pieces)
         meta_args = self._args.JsonSave(body | {"sha256": _seal(body)})
         try:
-            self._manager.save(step, args=self._args.Composite(state=state_args, meta=meta_args))
+            with _told_once():
+                self._manager.save(step, args=self._args.Composite(state=state_args, meta=meta_args))
         except Exception as error:  # storage names no set of errors for a full disk or a folder that is gone
             raise CheckpointError(
                 f"checkpoint {step} cannot be saved in {self.directory} ({_one_line(error)}); once the folder can be "
@@ -200,6 +203,21 @@ class Checkpoints:
         (self.directory / str(step)).rename(target)
         self._manager.reload()
         return target
+
+
+@contextlib.contextmanager
+def _told_once():
+    """Keeps storage from writing to the log, as tracebacks of its threads, what it raises as well."""
+    log = logging.getLogger("absl")
+
+    def shown(record: logging.LogRecord) -> bool:
+        return not (record.exc_info and "orbax" in record.pathname)
+
+    log.addFilter(shown)
+    try:
+        yield
+    finally:
+        log.removeFilter(shown)
 
 
 def steps(directory: Path) -> list[int]:
