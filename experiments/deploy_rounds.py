@@ -1,6 +1,7 @@
 """Median seconds a round and bytes on the wire, of client processes on this machine and of the simulation.
 
     python experiments/deploy_rounds.py            # results/deploy_rounds.json and .md, in less than 8 minutes
+    python experiments/deploy_rounds.py --secure   # results/deploy_rounds_secure.json and .md, with secure sums
 
 A toy training (wide.py: one pass over 32 images) and messages of 8 MB; every client takes part in every round; over
 loopback with TLS. The network is loopback's, and clients share this machine's cores: the figures are what the server,
@@ -24,11 +25,14 @@ from fedmetanas_jax.command import Flag
 from fedmetanas_jax.files import write_json, write_text
 from fedmetanas_jax.options import parse_path
 
+SECURE = "clip:5,secure"
 FIRST = 2  # rounds that do not count: programs are compiled, and clients come
+TO = "results/deploy_rounds"
 FLAGS = {
     "clients": Flag(tuple[int, ...], (3, 10, 30), "numbers of client processes"),
     "rounds": Flag(int, 8, f"rounds; the first {FIRST} do not count", least=FIRST + 1),
-    "to": Flag(str, "results/deploy_rounds", "the table's name, without .md and .json"),
+    "secure": Flag(bool, False, "whether changes are clipped and summed so that the server sees none of them"),
+    "to": Flag(str, None, f"the table's name, without .md and .json; default: {TO}, with _secure behind it for those"),
     "help": command.HELP,
 }
 
@@ -48,9 +52,10 @@ class Measured:
     joined: float  # seconds until all processes had joined and compiled
 
 
-def fields(clients: int, rounds: int) -> dict:
+def fields(clients: int, rounds: int, aggregate: str) -> dict:
     """Of the Config."""
     return {
+        "aggregate": aggregate,
         "method": "wide", "network": "mobilenetv3_tiny", "clients": clients, "cohort": clients, "train_size": 32,
         "test_size": 16, "partition": "iid", "rounds": rounds, "epochs": 1, "eval_every": 0, "batch": 32, "at_once": 1,
         "bn_eval": "running", "final_adapt": "false",
@@ -64,9 +69,9 @@ class Wide(Trial):
         return [sys.executable, str(Path(__file__).parent / "wide.py"), name, *flags]
 
 
-def measure(folder: Path, clients: int, rounds: int) -> Measured:
+def measure(folder: Path, clients: int, rounds: int, aggregate: str) -> Measured:
     """One simulated run and one of processes."""
-    with Wide(folder, fields(clients, rounds), clients) as trial:
+    with Wide(folder, fields(clients, rounds, aggregate), clients) as trial:
         trial.make_shares()
         trial.finish("main", *trial.fields, f"--workdir={folder / 'simulated'}")
         text = (folder / "simulated/records.jsonl").read_text().splitlines()
@@ -99,15 +104,17 @@ def _cpu_seconds(pid: int) -> float:
     return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def table(found: list[Measured], about: dict) -> str:
+def table(found: list[Measured], about: dict, aggregate: str) -> str:
     """The Markdown."""
+    secure = aggregate == SECURE
     lines = [
         "# Seconds a round of client processes",
         "",
-        "`python experiments/deploy_rounds.py`",
+        f"`python experiments/deploy_rounds.py{' --secure' if secure else ''}`",
         "",
         f"{about['cpus']} cores, load {about['load'][0]:.1f} at the start and {about['load_after'][0]:.1f} at the end. "
-        "Over loopback with TLS, a toy training, messages of 8 MB each way, every client in every round. All processes "
+        "Over loopback with TLS, a toy training, messages of 8 MB each way, every client in every round"
+        f"{', secure sums' if secure else ''}. All processes "
         "share the machine; where it is shared with other work, too, as a load above the number of client processes "
         "shows, the times are upper bounds.",
         "",
@@ -124,15 +131,16 @@ def table(found: list[Measured], about: dict) -> str:
 def act(values: dict, argv: list[str]) -> None:
     """Measures, and writes the table."""
     del argv
-    target, found = parse_path("to", values["to"]), []
+    aggregate = SECURE if values["secure"] else "mean"
+    target, found = parse_path("to", values["to"] or TO + ("_secure" if values["secure"] else "")), []
     about = {"machine": platform.platform(), "cpus": os.cpu_count(), "load": os.getloadavg()}
     for clients in values["clients"]:
         with tempfile.TemporaryDirectory() as folder:
-            found.append(measure(Path(folder), clients, values["rounds"]))
+            found.append(measure(Path(folder), clients, values["rounds"], aggregate))
         print(found[-1], flush=True)
     about["load_after"] = os.getloadavg()
     write_json(target.with_suffix(".json"), {"about": about, "measured": [dataclasses.asdict(x) for x in found]})
-    write_text(target.with_suffix(".md"), table(found, about))
+    write_text(target.with_suffix(".md"), table(found, about, aggregate))
 
 
 def parse(argv: list[str]) -> dict:

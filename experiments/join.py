@@ -23,6 +23,7 @@ FLAGS = {
     "insecure": Flag(bool, False, "without TLS, for a trial on this machine alone; needs --name"),
     "name": Flag(str, "", "of this client, where no certificate says it"),
     "give_up": Flag(float, 3600.0, "seconds without a server after which it ends, with status 1", least=0),
+    "only_secure": Flag(bool, False, "take no part in a run whose server would see this client's changes one by one"),
     "help": command.HELP,
 }
 
@@ -58,7 +59,8 @@ def act(values: dict, argv: list[str]) -> None:
 
         raise UsageError(f"{NEEDS} ({error})") from None
     say = partial(print, flush=True)
-    join(Asked(*(values[name] for name in ("server", "data", "workdir", "certs", "name", "give_up"))), say)
+    names = ("server", "data", "workdir", "certs", "name", "give_up", "only_secure")
+    join(Asked(*(values[name] for name in names)), say)
 
 
 def failures() -> tuple:

@@ -73,7 +73,8 @@ class Config:
         "mean",
         "how clients' changes become one: mean, median or trimmed:SHARE; before it, with commas between, finite:N "
         "(leave out replies that are not finite, up to N in the run) and clip:C[:C_ALPHA[:C_STATS]] (largest norms of "
-        "a client's change); or clip:C[:C_ALPHA[:C_STATS]],gaussian:Z[:DELTA] (differential privacy, multiplier Z)",
+        "a client's change); or clip:C[:C_ALPHA[:C_STATS]],gaussian:Z[:DELTA] (differential privacy, multiplier Z), or "
+        "clip:C[:C_ALPHA[:C_STATS]],secure (the mean by sums of which a networked server sees no summand)",
     )
 
     space: Literal["darts", "nasbench201"] = _field("darts", "the search space of methods that search")

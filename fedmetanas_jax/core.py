@@ -140,6 +140,7 @@ class Aggregate(NamedTuple):
     allowed: int = 0  # replies that may be left out for not being finite, in the whole run, before it stops
     by_rank: bool = False  # whether a number is judged by its rank among all clients', so that all must have learnt it
     noise: "Noise | None" = None  # of differential privacy, if there is any
+    secure: "Secure | None" = None  # how clients' numbers are added up where the server is to see the sum alone
 
 
 class Noise(NamedTuple):
@@ -148,6 +149,15 @@ class Noise(NamedTuple):
     multiplier: float  # Z: its standard deviation is Z times what one client can add to the mean
     delta: float | None  # of the guarantee; None: 1 / clients
     stats: bool  # whether batch-norm statistics are part of it; else they are kept out
+
+
+class Secure(NamedTuple):
+    """What fixes the integers that clients add up; see engine/secure.py. Norms are those of clipping."""
+
+    weights: float
+    alpha: float | None
+    stats: float | None
+    most: float | None = None  # the largest weight of a client; None: not known yet
 
 
 class Setting(NamedTuple):

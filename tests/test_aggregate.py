@@ -84,7 +84,7 @@ def test_a_stage_after_the_mean_sees_one_change():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("mode", "no stage 'mode'; there are mean, median, trimmed, gaussian, finite, clip"),
+        ("mode", "no stage 'mode'; there are mean, median, trimmed, gaussian, secure, finite, clip"),
         ("median:1", "median takes no numbers"),
         ("trimmed", "trimmed takes the share of the clients"),
         ("trimmed:0.5", "must be above 0 and below 0.5"),

@@ -120,7 +120,7 @@ def test_the_server_does_not_learn_who_was_left_out_and_no_variance_is_negative(
         ("clip:inf,gaussian:1", "must be positive and finite"),
         ("clip:1,gaussian:1:1", "delta must be above 0 and below 1"),
         ("clip:1,gaussian:1:0.1:2", "gaussian takes the noise multiplier"),
-        ("clip:1,mean,gaussian:1", "exactly one stage must be mean, median, trimmed or gaussian"),
+        ("clip:1,mean,gaussian:1", "exactly one stage must be mean, median, trimmed, gaussian or secure"),
         ("gaussian:1,clip:1", "clip comes after the gaussian"),
     ],
 )
@@ -161,7 +161,7 @@ def test_methods_whose_clients_send_more_than_a_change_are_refused_and_no_other(
 
     reply = jax.eval_shape(ask, *jax.eval_shape(algorithm.init, KEY))
     draws = name in ("fedrlnas", "perfedrlnas", "metaperfedrlnas")
-    for text in ("clip:1:1:1,gaussian:1", "median"):
+    for text in ("clip:1:1:1,gaussian:1", "median", "clip:1:1:1,secure"):
         given = aggregate.parse(text), algorithm, reply.report
         if draws:
             with pytest.raises(UsageError):

@@ -1,8 +1,8 @@
 """What the server makes sure of before it takes a client's reply. It believes nothing that it was sent."""
 
 import math
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,14 @@ class Wanted(NamedTuple):
     def parts(self) -> list[layout.Part]:
         """Of the row."""
         return layout.of_reply(self.change, self.report, self.given)
+
+
+class Exchange(NamedTuple):
+    """A reply of another kind, which is good if `check` says so."""
+
+    kind: str
+    round: int
+    check: Callable[[Message], Any]  # -> what it holds. Refused
 
 
 class Answer(NamedTuple):

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import grpc
 
@@ -18,6 +18,7 @@ from fedmetanas_jax.deploy.wire import (
     FROM_SERVER,
     LARGEST,
     METHOD,
+    OF_SUMS,
     PROTOCOL,
     TEXT,
     Damaged,
@@ -31,6 +32,9 @@ from fedmetanas_jax.engine.claim import claim
 from fedmetanas_jax.engine.records import WorkdirError, versions
 from fedmetanas_jax.files import to_json, write_text
 from fedmetanas_jax.options import UsageError
+
+if TYPE_CHECKING:
+    from fedmetanas_jax.deploy.turn import Turns
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between two tries to reach the server
 # What gRPC says where the server's certificate is to blame; and where the server ended the connection before a word was
@@ -52,6 +56,7 @@ class Asked(NamedTuple):
     certs: Path | None  # None: without TLS
     name: str = ""  # without TLS alone
     give_up: float = 3600.0  # seconds without a server after which the client ends
+    only_secure: bool = False  # whether to take no part in a run whose server would see this client's changes
 
 
 def join(asked: Asked, say: Callable[[str], None]) -> None:
@@ -68,7 +73,7 @@ def join(asked: Asked, say: Callable[[str], None]) -> None:
     build.prepare_jax(Config())
     with claim(asked.workdir, {"data": str(asked.data.absolute())}, say, frozenset({"data"})) as claimed:
         claimed.write()
-        client, wait, heard = _Client(asked, say), FIRST_WAIT, time.monotonic()
+        client, wait, heard = Client(asked, say, pair), FIRST_WAIT, time.monotonic()
         while True:
             try:
                 with _channel(asked.server, pair) as channel:
@@ -85,7 +90,7 @@ def join(asked: Asked, say: Callable[[str], None]) -> None:
                 if time.monotonic() - heard > asked.give_up:
                     raise JoinError(f"{why}; given up after {asked.give_up:g} s (--give_up)") from None
                 say(f"{why}; trying again in {wait:.1f} s")
-            except _Back as error:
+            except Back as error:
                 heard = time.monotonic()
                 say(f"the server closed the connection: {error}; trying again in {wait:.1f} s")
             time.sleep(wait * random.uniform(0.8, 1.2))  # or all would come at the same moment
@@ -99,20 +104,25 @@ def _hint(text: str) -> str:
     return ""
 
 
-class _Back(Exception):
-    """The server closed the connection, and coming back may help."""
+class Back(Exception):
+    """The server closed the connection, and coming back may help. One line."""
 
 
-class _Client:
-    def __init__(self, asked: Asked, say: Callable[[str], None]):
-        self._asked, self._say = asked, say
+class Client:
+    """What a client says and does, whatever carries it."""
+
+    def __init__(self, asked: Asked, say: Callable[[str], None], pair: credentials.Pair | None = None):
+        """pair: its certificate, for secure sums."""
+        self._asked, self._say, self._pair = asked, say, pair
         self._worker: Worker | None = None
+        self._turns: Turns | None = None  # of a run with secure sums
+        self._place = -1  # of that worker
         path = asked.workdir / RUN
         self._run = path.read_text().strip() if path.exists() else ""
         self.heard = False  # whether the server has answered on the last connection
 
     def session(self, channel: grpc.Channel) -> None:
-        """One connection, to the end of the run. grpc.RpcError: it broke; _Back: the server closed it."""
+        """One connection, to the end of the run. grpc.RpcError: it broke; Back: the server closed it."""
         self.heard = False
         out: queue.SimpleQueue = queue.SimpleQueue()
         call = channel.stream_stream(METHOD)(_outgoing(out))
@@ -121,16 +131,14 @@ class _Client:
         timer = threading.Timer(30.0, lambda: None if self.heard else call.cancel())
         timer.daemon = True
         timer.start()
-        about = versions()
-        hello = {"protocol": PROTOCOL, "version": about["fedmetanas_jax"], "jax": about["jax"]}
-        self._send(out, "hello", **hello, run=self._run, name=self._asked.name)
+        self.hello(out, self._asked.name)
         try:
             for frame in call:
                 self.heard = True
                 message = reader.feed(frame)
-                if message is not None and self._obey(message, out, reader):
+                if message is not None and self.obey(message, out, reader):
                     return
-            raise _Back("without a word")
+            raise Back("without a word")
         except Damaged as error:
             raise JoinError(f"the server sends what is no message of this version: {error}") from None
         finally:
@@ -138,11 +146,21 @@ class _Client:
             out.put(None)
             call.cancel()
 
+    def hello(self, out: queue.SimpleQueue, name: str) -> None:
+        """Says who this is; to be answered by a welcome."""
+        about = versions()
+        hello = {"protocol": PROTOCOL, "version": about["fedmetanas_jax"], "jax": about["jax"]}
+        self._send(out, "hello", **hello, run=self._run, name=name)
+
     def _send(self, out: queue.SimpleQueue, kind: str, payload: bytes = b"", **fields) -> None:
         out.put((kind, payload, fields))
 
-    def _obey(self, message: Message, out: queue.SimpleQueue, reader: Reader) -> bool:
-        """Does what the server asks for -> whether the run is done."""
+    def obey(self, message: Message, out: queue.SimpleQueue, reader: Reader) -> bool:
+        """Does what the server asks for -> whether the run is done. Answers are put in `out`: (kind, payload, fields).
+
+        Damaged: the message may not come now. Back: the server closed the connection. JoinError, UsageError, DataError:
+        the client can take no part.
+        """
         kind, fields = message.kind, message.fields
         if kind == "welcome":
             self._begin(fields)
@@ -150,7 +168,7 @@ class _Client:
             reason = plain(fields["reason"])
             if fields["final"]:
                 raise JoinError(f"the server refuses this client: {reason}")
-            raise _Back(reason)
+            raise Back(reason)
         elif kind == "done":
             self._say(f"the run is done after {fields['rounds']} rounds")
             return True
@@ -167,8 +185,9 @@ class _Client:
             if seconds > 1:
                 self._say(f"compiled the program of phase {fields['phase']} in {seconds:.1f} s")
             # A new connection has a reader that knows of no room yet.
-            reader.room = {"train": self._worker.room(name)}
-            if self._worker.has_global_model(name):
+            size = self._worker.room(name)
+            reader.room = {"train": size} if self._turns is None else self._turns.room(size)
+            if self._turns is None and self._worker.has_global_model(name):
                 reader.room["judge"] = self._worker.room_to_judge(name)
             self._send(out, "ready", phase=fields["phase"], plan=name)
         else:
@@ -180,13 +199,19 @@ class _Client:
         return False
 
     def _work(self, kind: str, fields: dict, payload, out: queue.SimpleQueue) -> None:
-        fields = dict(fields)
-        where = {"plan": fields.pop("plan"), "layout_of": fields.pop("layout")}
-        round = fields["round"]
+        fields, round = dict(fields), fields["round"]
         try:
+            if kind in OF_SUMS:
+                out.put(self._turns.answer(kind, **fields, payload=payload))
+                return
+            where = {"plan": fields.pop("plan"), "layout_of": fields.pop("layout")}
             if kind == "train":
                 done = self._worker.train(payload, **where, **fields)
                 self._send(out, "update", done.row, **done.fields)
+            elif kind == "train_to_sum":
+                attempt = fields.pop("attempt")
+                ready = self._worker.train_to_sum(payload, **where, **fields)
+                out.put(self._turns.begin(ready, round, attempt, where["plan"], payload))
             else:
                 self._send(out, "judged", round=round, **self._worker.judge(payload, **where))
         except (WorkError, ValueError, OSError, KeyError) as error:
@@ -208,8 +233,24 @@ class _Client:
             write_text(self._asked.workdir / "terms.json", to_json(agreed._asdict(), 2) + "\n")
             self._run = run
         self._say(f"joined as {plain(fields['name'])}, place {fields['place']}, before round {fields['round']}")
-        if self._worker is None:
+        if self._place != fields["place"]:  # of a server that began the run anew it may be another one
             self._worker = Worker(agreed, fields["place"], self._asked.data, self._asked.workdir)
+            self._place = fields["place"]
+            self._turns = self._secure(run, fields["place"])
+
+
+    def _secure(self, run: str, place: int) -> "Turns | None":
+        if self._worker.secure is None:
+            if self._asked.only_secure:
+                raise JoinError("the server would see this client's changes: config.aggregate has no secure sums")
+            return None
+        try:
+            from fedmetanas_jax.deploy.turn import Turns
+        except ModuleNotFoundError as error:
+            raise UsageError(f"secure sums need the extra: pip install 'fedmetanas_jax[deploy]' ({error})") from None
+        config = self._worker.config
+        self._say(f"the server is to see sums of {config.cohort} clients' changes and no single one")
+        return Turns(self._pair, self._asked.workdir, run, place, config.cohort, self._worker.phases)
 
 
 def _outgoing(out: queue.SimpleQueue) -> Iterator[bytes]:

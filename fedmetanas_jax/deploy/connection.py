@@ -24,7 +24,8 @@ class Connection:
         self.name, self.place = "somebody", -1  # until its hello was found good
         self.plan = ""  # the program that it is ready for
         self.prepares = 0  # programs that it was told to make ready, and has not answered for
-        self.owes: checks.Wanted | int | None = None  # the reply that was asked for, or the round to be judged in
+        # The reply that was asked for, or the round to be judged in.
+        self.owes: checks.Wanted | checks.Exchange | int | None = None
         self.reader = Reader(FROM_CLIENT)
         self.sent = 0  # bytes
         self._out: queue.SimpleQueue = queue.SimpleQueue()
@@ -40,9 +41,20 @@ class Connection:
         self.prepares += 1
         self.send("prepare", phase=phase, plan=plan)
 
-    def ask(self, wanted: checks.Wanted | int, room: int, kind: str, payload: bytes, **fields) -> None:
-        """Sends what calls for one reply, and lets that come."""
-        self.owes, self.reader.room = wanted, {"update": room}
+    def owed(self) -> str:
+        """The kind of the reply that it owes, or ''."""
+        if self.owes is None:
+            return ""
+        if isinstance(self.owes, checks.Exchange):
+            return self.owes.kind
+        return "judged" if isinstance(self.owes, int) else "update"
+
+    def ask(
+        self, wanted: checks.Wanted | checks.Exchange | int, room: int, kind: str, payload: bytes, **fields
+    ) -> None:
+        """Sends what calls for one reply, and lets that come, with a payload of at most `room` bytes."""
+        self.owes = wanted
+        self.reader.room = {self.owed(): room}
         self.send(kind, payload, **fields)
 
     def close(self, reason: str, final: bool) -> None:

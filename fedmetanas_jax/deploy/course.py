@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedmetanas_jax import tree
-from fedmetanas_jax.core import Algorithm, Phase, Tree
+from fedmetanas_jax.core import Aggregate, Algorithm, Phase, Tree
 from fedmetanas_jax.deploy import layout
-from fedmetanas_jax.deploy.checks import Answer, Wanted
+from fedmetanas_jax.deploy.checks import Answer, Exchange, Wanted
 from fedmetanas_jax.deploy.connection import Connection
-from fedmetanas_jax.deploy.gather import Gather
+from fedmetanas_jax.deploy.gather import Gather, Gathered
 from fedmetanas_jax.engine import measure, records, report
 from fedmetanas_jax.engine.course import Course
 from fedmetanas_jax.engine.round import cohort, learn, stream_key
@@ -31,6 +31,7 @@ class DeployedCourse(Course):
         self._examples, self._max_norm = examples, max_norm
         self._most_rows = examples(False).label.shape[0]
         self._sizes: dict[int, tuple[int, int]] = {}  # bytes up and down, of whom was asked
+        self._traffic: dict[int, tuple[Connection, int]] = {}  # and the bytes that had come before the round
         self._of_clients = [phase.make for phase in phases]
         made = {make: _stateless(make) for make in self._of_clients}  # phases that share theirs go on sharing it
         super().__init__([phase._replace(make=made[phase.make]) for phase in phases], *given)
@@ -52,20 +53,15 @@ class DeployedCourse(Course):
         round, clock = self.done + 1, time.perf_counter()
         self.gather.hub.round = round
         everyone = self._order()
-        conduct, hub = self.conduct, self.gather.hub
-        connections: dict[int, tuple[Connection, int]] = {}
-
-        def send(place: int, connection: Connection) -> None:
-            connections[place] = connection, connection.reader.seen
-            self._send(place, connection, round)
-
+        hub = self.gather.hub
+        self._traffic = {}
         down = {place: connection.sent for place, connection in hub.here.items()}
-        found = self.gather.ask(round, everyone, conduct.cohort, self.gather.patience.quorum, send)
-        moved, weight, more = self._learn(found.answers, everyone)
+        found = self._gathered(round, everyone)
+        moved, weight, more = self._learn(found, everyone)
         self.state = self.state._replace(round=jnp.int32(round), server=moved)
         self.done = round
         seconds = time.perf_counter() - clock
-        line = self._line(found.answers, weight, more, seconds)
+        line = self._line(found, weight, more, seconds)
         names = {place: hub.roster.name(place) for place in {*found.answers, *found.left_out}}
         line["taken"] = [k for k, w in zip(found.answers, weight, strict=True) if w > 0]
         line["names"] = [names[k] for k in line["cohort"]]
@@ -76,8 +72,8 @@ class DeployedCourse(Course):
         line |= hub.noted()
         if self.gather.joined:
             line["joined"], self.gather.joined = self.gather.joined, []
-        line["wire_up"] = sum(c.reader.seen - seen for c, seen in connections.values())
-        line["wire_down"] = sum(c.sent - down.get(k, 0) for k, (c, _) in connections.items())
+        line["wire_up"] = sum(c.reader.seen - seen for c, seen in self._traffic.values())
+        line["wire_down"] = sum(c.sent - down.get(k, 0) for k, (c, _) in self._traffic.items())
         self._remember(line)
         for place in found.answers:
             if (connection := hub.here.get(place)) is not None:
@@ -121,8 +117,20 @@ class DeployedCourse(Course):
         clients = self.conduct.clients
         return np.asarray(cohort(self.state.seed, self.state.round, clients, clients)).tolist()
 
-    def _send(self, place: int, connection: Connection, round: int) -> None:
-        """Asks a client for its reply."""
+    def _gathered(self, round: int, everyone: list[int]) -> Gathered:
+        """The replies of a round."""
+
+        def send(place: int, connection: Connection) -> None:
+            self._send(place, connection, round)
+
+        return self.gather.ask(round, everyone, self.conduct.cohort, self.gather.patience.quorum, send)
+
+    def _send(
+        self, place: int, connection: Connection, round: int, owes: Exchange | None = None, kind="train", **more
+    ) -> None:
+        """Asks a client for its reply; `owes`: what it is to answer, if not the reply itself."""
+        if self._traffic.get(place, (None, 0))[0] is not connection:
+            self._traffic[place] = connection, connection.reader.seen
         message = jax.device_get(self._message(self.state.server, jnp.int32(place), self.state.seed, self.state.round))
         full = self._client_algorithm()
         given = None if full.held is None else jax.device_get(self._held(message))
@@ -131,29 +139,40 @@ class DeployedCourse(Course):
         fields = {"round": round, "plan": self.gather.plan, "last": self.last[place], "anew": self.anew}
         fields["layout"] = self._message_layout
         self._sizes[place] = layout.size(wanted.parts()), layout.size(parts)
-        connection.ask(wanted, layout.size(wanted.parts()), "train", layout.pack(parts), **fields)
+        room, row = layout.size(wanted.parts()) if owes is None else 0, layout.pack(parts)
+        self._sends(row)
+        connection.ask(owes or wanted, room, kind, row, **fields, **more)
 
-    def _learn(self, answers: dict[int, Answer], everyone: list[int]) -> tuple[Tree, np.ndarray, dict]:
+    def _sends(self, row: bytes) -> None:
+        """Looks at what is to be sent. UsageError where it may not be."""
+
+    def _learn(self, found: Gathered, everyone: list[int]) -> tuple[Tree, np.ndarray, dict]:
         """The server after these replies, what each one weighed, and the aggregate's metrics.
 
         Who is missing of a whole cohort counts as left out: a change of 0 at weight 0, as in simulation.
         """
+        answers: dict[int, Answer] = found.answers
         replies, size = list(answers.values()), self.conduct.cohort
         nothing = jax.tree.map(np.zeros_like, replies[0])
         replies += [nothing] * (size - len(replies))
-        clients = [*answers, *(place for place in everyone if place not in answers)][:size]
         change, report_, weight = (
             jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *(getattr(reply, name) for reply in replies))
             for name in ("change", "report", "weight")
         )
-        given = self.state.server, jnp.asarray(clients, jnp.int32), change, weight, report_
+        given = self.state.server, self._asked(answers, everyone), change, weight, report_
         moved, taken, more = self._learning(*given, self.state.seed, self.state.round)
         heard, more = len(answers), jax.device_get(more)
         more = {name: x[:heard] if np.ndim(x) else x for name, x in more.items()}
         return moved, np.asarray(taken)[:heard], more
 
-    def _line(self, answers: dict[int, Answer], weight: np.ndarray, more: dict, seconds: float) -> dict:
+    def _asked(self, answers: dict, everyone: list[int]) -> jax.Array:
+        """A whole cohort, those who answered first."""
+        clients = [*answers, *(place for place in everyone if place not in answers)]
+        return jnp.asarray(clients[: self.conduct.cohort], jnp.int32)
+
+    def _line(self, heard: Gathered, weight: np.ndarray, more: dict, seconds: float) -> dict:
         """A round's record, made as a simulated one's of what the clients measured."""
+        answers: dict[int, Answer] = heard.answers
         replies = list(answers.values())
         clients = np.array(list(answers), np.int32)
         found = {name: np.stack([a.metrics[name] for a in replies]) for name in replies[0].metrics}
@@ -161,8 +180,12 @@ class DeployedCourse(Course):
         sent = {"bytes_up": up, "bytes_down": down}
         rows = np.array([a.weight for a in replies], np.float64)  # what the server knows of their images
         about = {"client": clients, "rows": rows, "finite": np.ones(len(replies), bool)}
+        return self._recorded(about | sent | found | more, seconds)
+
+    def _recorded(self, measured: dict, seconds: float) -> dict:
+        """The record of what was measured, [client] or []."""
         reported = {name: np.asarray(x) for name, x in self.programs.report(self.state.server).items()}
-        metrics = {name: np.asarray(x)[None] for name, x in (about | sent | found | more | reported).items()}
+        metrics = {name: np.asarray(x)[None] for name, x in (measured | reported).items()}
         saved = self.checkpoints.candidates()
         report.check_finite(metrics, self.done - 1, self.done, saved, 0, 0)
         return report.lines(metrics, self.done - 1, self.done, seconds, self.phase, self.algorithm)[0]
@@ -183,7 +206,7 @@ class DeployedCourse(Course):
 
     def _load_programs(self, say: Callable[[str], None]) -> None:
         super()._load_programs(say)
-        algorithm, aggregate = self._client_algorithm(), self.conduct.aggregate
+        algorithm, aggregate = self._client_algorithm(), self._aggregate()
         server, own = jax.eval_shape(algorithm.init, jax.random.key(0))
         message = jax.eval_shape(lambda x: algorithm.send(x, jnp.int32(0), jax.random.key(0)), server)
         self._form = tree.form(own)
@@ -206,6 +229,10 @@ class DeployedCourse(Course):
 
         self._message, self._learning = message_of, learning
         self.gather.prepare(self.phase, json.dumps(self.plan))
+
+    def _aggregate(self) -> Aggregate:
+        """What the server does with what it receives."""
+        return self.conduct.aggregate
 
     def _client_algorithm(self) -> Algorithm:
         """The phase's algorithm as clients have it."""

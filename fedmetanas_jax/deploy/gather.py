@@ -1,7 +1,7 @@
 """Whom the server asks, how long it waits for whom, and what it says meanwhile."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fedmetanas_jax.deploy.connection import Connection
@@ -42,6 +42,7 @@ class Gather:
         self._asked: dict[int, Connection] = {}
         self._out: dict[int, tuple[str, float]] = {}
         self.answered: set[int] = set()
+        self._only: Mapping[int, Connection] | None = None
 
     def prepare(self, phase: int, plan: str) -> None:
         """Has everybody compile this program, now or when they come."""
@@ -72,14 +73,18 @@ class Gather:
         quorum: int,
         send: Callable[[int, Connection], None],
         kind: str = "answer",
+        only: Mapping[int, Connection] | None = None,
     ) -> Gathered:
         """Asks the first `size` members in `order`, and others in their stead where there would be fewer than `quorum`
         replies -> once that many are there and nothing more can come in time.
 
         send: (place, its connection) asks it for a reply, which comes as an event `kind`. KeyboardInterrupt: a signal
         came meanwhile.
+
+        only: the clients that can answer, by the connections on which they can: who comes back cannot, nobody is asked
+        in place of others, and it ends without the quorum where that cannot be reached.
         """
-        self._asked, self._out, answers = {}, {}, {}
+        self._asked, self._out, answers, self._only = {}, {}, {}, only
         # What two networks are judged by is compiled only when it is asked for.
         self._limit = self.patience.compiling if kind == "judged" else self.patience.deadline
         members = set(self.members())
@@ -92,12 +97,14 @@ class Gather:
             self.answered = set(answers)
             for place in wanted:
                 connection = self.hub.here.get(place)
+                if only is not None and connection is not only[place] and place not in {**answers, **self._out}:
+                    self._leave_out(place, self.hub.roster.name(place), "its connection was lost meanwhile", round)
                 new = self._asked.get(place) is not connection and place not in answers and place not in self._out
                 if new and connection is not None and connection.plan == self.plan and connection.owes is None:
                     send(place, connection)
                     self._asked[place], begun[place] = connection, time.monotonic()
             waiting = [place for place in wanted if place not in answers and place not in self._out]
-            if not waiting and len(answers) >= quorum:
+            if not waiting and (len(answers) >= quorum or only is not None):
                 return self._gathered(round, wanted, answers, size)
             if not waiting:
                 more = self._others(order, wanted, quorum - len(answers))
@@ -154,7 +161,8 @@ class Gather:
                 return
             del self.hub.here[place]
             if self._asked.pop(place, None) is not None and place not in answers and place not in self._out:
-                self.hub.say(f"{name} is gone; round {round} waits {self.patience.deadline:g} s for it to come back")
+                wait = "" if self._only else f"; round {round} waits {self.patience.deadline:g} s for it to come back"
+                self.hub.say(f"{name} is gone{wait}")
             elif place not in wanted:
                 self.hub.say(f"{name} is gone")
             begun[place] = now

@@ -62,6 +62,7 @@ class Hub:
             raise UsageError(f"cannot listen on {where}: it is in use, or not this machine's") from None
         self._server = server
         server.start()
+        self.say(f"listening on {host}:{port} for {clients} clients")
         return port
 
     def close(self, kind: str, **fields) -> None:
@@ -158,8 +159,7 @@ class Hub:
         if kind == "ready" and connection.prepares > 0:
             connection.prepares -= 1
             return Event("ready", connection, message.fields["plan"])
-        fits = kind == "failed" or (kind == ("judged" if isinstance(owed, int) else "update"))
-        if owed is None or not fits:
+        if owed is None or kind not in ("failed", connection.owed()):
             raise Unasked(f"'{kind}' was not asked for")
         connection.owes, connection.reader.room = None, {}
         if kind == "failed":
@@ -168,6 +168,8 @@ class Hub:
         try:
             if kind == "judged":
                 return Event("judged", connection, checks.judged(message.fields, round, self._most_rows))
+            if isinstance(owed, checks.Exchange):
+                return Event("answer", connection, (round, owed.check(message)))
             return Event("answer", connection, (round, checks.reply(message, owed)))
         except checks.Refused as error:
             return Event("refused", connection, (round, str(error)))

@@ -1,6 +1,7 @@
 """From a Config to a finished run whose clients are elsewhere."""
 
 import contextlib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,7 @@ import numpy as np
 
 from fedmetanas_jax import build, deliver, pictures
 from fedmetanas_jax.config import MAY_CHANGE, Config, to_dict, validate
-from fedmetanas_jax.core import FederatedData
+from fedmetanas_jax.core import FederatedData, Phase
 from fedmetanas_jax.data import sources
 from fedmetanas_jax.deploy import credentials, share, terms
 from fedmetanas_jax.deploy.board import Board, Metrics
@@ -65,8 +66,12 @@ def serve(
     data_dir: str | None,
     command: str = "the same command",
     sinks: Sinks = NONE,
+    make_hub: Callable[..., Hub] = Hub,
 ) -> None:
-    """The whole run in `workdir`, begun or resumed. Raises as `build.run`."""
+    """The whole run in `workdir`, begun or resumed. Raises as `build.run`.
+
+    make_hub: what has the connections, with Hub's arguments; another one may have them carried by something else.
+    """
     with interruptible() as interrupt:
         validate(config)
         _check(config, listening)
@@ -83,6 +88,7 @@ def serve(
                 "know, so it would hide nothing from them; leave gaussian out"
             )
         build.check_aggregate(config, conduct, phases, data)
+        make = DeployedCourse if conduct.aggregate.secure is None else _summing(config, pair, phases)
         agreed = terms.of(config, dataset, _compute(config))
         run = terms.run_of(agreed)
         mine = identity.of(to_dict(config), MAY_CHANGE, data)
@@ -90,7 +96,7 @@ def serve(
         with claim(workdir, to_dict(config), print, MAY_CHANGE) as claimed:
             registered = None if listening.certs is None else listening.certs / credentials.CLIENTS
             roster = Roster(config.clients, registered, workdir / PLACES)
-            hub = Hub(agreed, run, roster, partial(print, flush=True))
+            hub = make_hub(agreed, run, roster, partial(print, flush=True))
             gather = Gather(hub, listening.patience, interrupt)
             shapes = partial(share.shapes, agreed, config)
             how = {"gather": gather, "log": workdir / records.RECORDS, "examples": shapes}
@@ -108,7 +114,7 @@ def serve(
                 return show
 
             def course(*given) -> DeployedCourse:
-                courses.append(DeployedCourse(*given, **how, max_norm=listening.max_norm))
+                courses.append(make(*given, **how, max_norm=listening.max_norm))
                 return courses[0]
 
             def draw() -> None:
@@ -117,8 +123,7 @@ def serve(
                     graph = None if space is None else space.graph
                     pictures.draw(lines, graph, workdir, f"{task}, {config.method}, seed {config.seed}")
 
-            port = hub.listen(listening.host, listening.port, config.clients, pair)
-            print(f"listening on {listening.host}:{port} for {config.clients} clients", flush=True)
+            hub.listen(listening.host, listening.port, config.clients, pair)
             try:
                 outcome = engine.run(
                     phases, data, conduct, workdir=workdir, go_on=command, identity=mine, accepted=accepted,
@@ -134,6 +139,17 @@ def serve(
             draw()
             deliver.finish(config, dataset, chosen, data, outcome, workdir=workdir)
             sinks.end(outcome.summary)
+
+
+def _summing(config: Config, pair: credentials.Pair | None, phases: list[Phase]) -> Callable[..., DeployedCourse]:
+    """Makes the course of a run with secure sums. UsageError where there can be none."""
+    try:
+        from fedmetanas_jax.deploy import turn
+        from fedmetanas_jax.deploy.secure_course import SecureCourse
+    except ModuleNotFoundError as error:
+        raise UsageError(f"secure sums need the extra: pip install 'fedmetanas_jax[deploy]' ({error})") from None
+    turn.check(config.cohort, pair is not None, phases)
+    return partial(SecureCourse, ca=pair.ca)
 
 
 def _compute(config: Config) -> str:

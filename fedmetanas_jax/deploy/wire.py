@@ -15,6 +15,7 @@ METHOD = "/fedmetanas.Federation/Join"
 CHUNK = 1 << 20  # bytes of a payload in one frame
 HEADER = 1 << 18  # most bytes of a map; a plan of a large supernet has 10 kB
 TEXT = 2000  # most characters of a text that a client sends
+BYTES = 4096  # most of a field of bytes that a client sends: a certificate
 LARGEST = CHUNK + 1024  # what gRPC itself is to take as one message
 
 # field -> type, of every kind of message; a message has all of its fields and no others. Rounds are numbered from 1.
@@ -24,7 +25,16 @@ FROM_CLIENT: dict[str, dict[str, type]] = {
     "update": {"run": str, "round": int, "weight": float, "metrics": dict, "own": int, "layout": str},
     "judged": {"round": int, "before": int, "after": int, "count": int},
     "failed": {"round": int, "reason": str},
-}
+    # Secure sums, see session.py.
+    "keys": {
+        "run": str, "round": int, "attempt": int, "own": int, "layout": str, "certificate": bytes, "cipher_key": bytes,
+        "mask_key": bytes, "commitment": bytes, "signature": bytes,
+    },
+    "shares": {"round": int, "attempt": int},
+    "masked": {"round": int, "attempt": int, "layout": str},
+    "signed": {"round": int, "attempt": int, "signature": bytes},
+    "opened": {"round": int, "attempt": int},
+}  # fmt: skip
 FROM_SERVER: dict[str, dict[str, type]] = {
     "welcome": {"terms": dict, "run": str, "place": int, "name": str, "round": int},
     "prepare": {"phase": int, "plan": str},
@@ -34,8 +44,14 @@ FROM_SERVER: dict[str, dict[str, type]] = {
     "refused": {"round": int, "reason": str},  # a reply; the connection stays
     "closed": {"reason": str, "final": bool},  # final: coming back would end the same way
     "done": {"rounds": int},
+    "train_to_sum": {"round": int, "plan": str, "last": int, "anew": int, "layout": str, "attempt": int},
+    "share": {"round": int, "attempt": int},
+    "mask": {"round": int, "attempt": int},
+    "sign": {"round": int, "attempt": int},
+    "open": {"round": int, "attempt": int},
 }
-WITH_PAYLOAD = ("update", "train", "judge")
+OF_SUMS = ("share", "mask", "sign", "open")  # what the server asks for once it has keys
+WITH_PAYLOAD = ("update", "train", "judge", "shares", "masked", "opened", "train_to_sum", *OF_SUMS)
 PAYLOAD = {"bytes": int, "sha256": str}
 
 
@@ -123,6 +139,8 @@ class Reader:
                 raise Damaged(f"'{kind}': {name} is no {of.__name__}")
         if self._kinds is FROM_CLIENT and any(isinstance(x, str) and len(x) > TEXT for x in header.values()):
             raise Damaged(f"'{kind}' has a text of more than {TEXT} characters")
+        if self._kinds is FROM_CLIENT and any(isinstance(x, bytes) and len(x) > BYTES for x in header.values()):
+            raise Damaged(f"'{kind}' has a field of more than {BYTES} bytes")
         if kind in WITH_PAYLOAD and not 0 < header["bytes"] <= self.room.get(kind, 0):
             raise Damaged(f"'{kind}' announces {header['bytes']} bytes where {self.room.get(kind, 0)} may come")
         return header

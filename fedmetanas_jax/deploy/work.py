@@ -15,8 +15,9 @@ import numpy as np
 from fedmetanas_jax import tree
 from fedmetanas_jax.config import Config
 from fedmetanas_jax.core import Algorithm, Examples, Tree
-from fedmetanas_jax.deploy import layout, share, terms
+from fedmetanas_jax.deploy import layout, share, terms, vector
 from fedmetanas_jax.deploy.states import States
+from fedmetanas_jax.engine import aggregate, secure
 from fedmetanas_jax.engine.evaluate import answers, recalibrate
 from fedmetanas_jax.engine.round import apart, client_key, init_state, stream_key
 
@@ -33,6 +34,8 @@ class Program(NamedTuple):
     own: Tree  # shapes
     update: object  # compiled client_update
     held: object  # the algorithm's, jitted
+    encode: object  # compiled secure.encode, where clients add up
+    form: vector.Form | None  # of what they add up
 
 
 class Done(NamedTuple):
@@ -42,14 +45,28 @@ class Done(NamedTuple):
     fields: dict
 
 
+class Ready(NamedTuple):
+    """A reply that is to go into a sum: what of it is sent as it is, and what is not."""
+
+    fields: dict
+    form: vector.Form
+    summand: vector.Vector
+
+
 class Worker:
     """One client's part in a run."""
 
     def __init__(self, agreed: terms.Terms, place: int, data: Path, workdir: Path):
         """UsageError, DataError: the run cannot be made here, or the client's file does not suit it."""
         self.config: Config = terms.config_of(agreed)
-        self._phases, self._place, self._run = terms.phases_of(agreed, workdir), place, terms.run_of(agreed)
+        self.phases, self._place, self._run = terms.phases_of(agreed, workdir), place, terms.run_of(agreed)
         self._terms, self._file = agreed, data
+        try:
+            stages = aggregate.parse(self.config.aggregate)
+        except ValueError as error:
+            raise terms.UsageError(f"config.{error}") from None
+        # config.train_size is the most images that a client can have here.
+        self.secure = secure.within(stages, self.config.train_size).secure
         self._states = States(workdir / "states")
         self._programs: dict[str, Program] = {}
         self._rows: dict[bool, Examples] = {}
@@ -59,19 +76,19 @@ class Worker:
     def prepare(self, phase: int, plan: str) -> str:
         """Compiles the program of this phase and plan, unless it is there -> the plan's digest. UsageError for a phase
         that is none."""
-        if not 0 <= phase < len(self._phases):
-            raise terms.UsageError(f"the server speaks of phase {phase}; the run has {len(self._phases)}")
+        if not 0 <= phase < len(self.phases):
+            raise terms.UsageError(f"the server speaks of phase {phase}; the run has {len(self.phases)}")
         name = plan_digest(phase, plan)
         if name not in self._programs:
-            algorithm = self._phases[phase].make(json.loads(plan))
+            algorithm = self.phases[phase].make(json.loads(plan))
             rows = self._examples(algorithm)
             server, own = jax.eval_shape(algorithm.init, jax.random.key(0))
             message = jax.eval_shape(lambda x: algorithm.send(x, jnp.int32(0), jax.random.key(0)), server)
-            update = jax.jit(apart(algorithm.client_update))
+            update, given = jax.jit(apart(algorithm.client_update)), (message, own, rows, jax.random.key(0))
             with one_at_a_time():
-                update = update.lower(message, own, rows, jax.random.key(0)).compile()
+                update = update.lower(*given).compile()
             held = jax.jit(algorithm.held) if algorithm.held else None
-            self._programs[name] = Program(algorithm, message, own, update, held)
+            self._programs[name] = Program(algorithm, message, own, update, held, *self._adding(algorithm, *given))
             # What is small is compiled now as well: the time for a reply counts from when it is asked for.
             self._own(self._programs[name], 0, 0)
             self._key(1)
@@ -96,6 +113,31 @@ class Worker:
         this phase. WorkError: the reply is none to send. ValueError: the message is not what this program is sent.
         OSError: the disk is full.
         """
+        reply, given, found = self._reply(row, round, plan, last, anew, layout_of)
+        parts = layout.of_reply(reply.change, reply.report, given)
+        fields = {
+            "run": self._run,
+            "round": round,
+            "weight": float(reply.weight),
+            "metrics": {name: float(x) for name, x in reply.metrics.items()},
+            "own": found,
+            "layout": layout.digest(layout.of_reply(reply.change, reply.report, None)),
+        }
+        return Done(layout.pack(parts), fields)
+
+    def train_to_sum(
+        self, row: bytes | bytearray, *, round: int, plan: str, last: int, anew: int, layout_of: str
+    ) -> Ready:
+        """As `train`, of a run with secure sums."""
+        reply, _, found = self._reply(row, round, plan, last, anew, layout_of)
+        program = self._programs[plan]
+        summand, clipped = jax.tree.map(np.asarray, program.encode(reply.change, reply.weight))
+        figures = program.form.names, float(reply.weight), reply.metrics, float(clipped), self.config.cohort
+        fields = {"run": self._run, "round": round, "own": found, "layout": program.form.digest()}
+        return Ready(fields, program.form, program.form.of(summand, vector.figures(*figures)))
+
+    def _reply(self, row: bytes | bytearray, round: int, plan: str, last: int, anew: int, layout_of: str) -> tuple:
+        """(reply, what of it travels, the round that it went on from)"""
         program = self._programs[plan]
         if layout_of != layout.digest(layout.of_message(program.message, None)):
             raise ValueError("the message has another layout than this client's program")
@@ -108,16 +150,18 @@ class Worker:
             raise WorkError("its reply, or what it would keep, is not finite")
         if jax.tree.leaves(reply.own):
             self._states.save(round, reply.own)
-        parts = layout.of_reply(reply.change, reply.report, given)
-        fields = {
-            "run": self._run,
-            "round": round,
-            "weight": float(reply.weight),
-            "metrics": {name: float(x) for name, x in reply.metrics.items()},
-            "own": found,
-            "layout": layout.digest(layout.of_reply(reply.change, reply.report, None)),
-        }
-        return Done(layout.pack(parts), fields)
+        return reply, given, found
+
+    def _adding(self, algorithm: Algorithm, *given) -> tuple:
+        """The program that makes integers of a change, and what they are like; nothing where changes are sent."""
+        if self.secure is None:
+            return None, None
+        reply = jax.eval_shape(algorithm.client_update, *given)
+        secure.check_method(algorithm, reply.report)
+        encode = jax.jit(lambda change, weight: secure.encode(self.secure, change, weight, self.config.cohort))
+        with one_at_a_time():
+            encode = encode.lower(reply.change, reply.weight).compile()
+        return encode, vector.form(reply.change, reply.metrics)
 
     def judge(self, row: bytes | bytearray, *, plan: str, layout_of: str) -> dict:
         """How many of its training images two networks answer, before and after an event. ValueError as `train`."""

@@ -4,6 +4,7 @@
     finite:10,clip:5:1,mean             leave out what is not finite, clip the rest, then the mean
     median, trimmed:0.2                 in place of the mean (engine/robust.py)
     clip:5:1,gaussian:1                 differential privacy: the mean of clipped changes with noise (engine/privacy.py)
+    clip:5:1:10,secure                  the mean by a sum of integers, of which a server need see no summand (secure.py)
 
 A stage is (change, weight, key) -> (change, weight, metrics): leaves [cohort, ...] and [cohort]. A stage before the
 reducing one hands on changes as it got them, one a client; the reducing one takes the cohort's axis away, and a stage
@@ -11,7 +12,6 @@ after it sees the one change that is left. Weight 0 leaves a client out: the eng
 metrics are named numbers, [cohort] or [], for the round's record. docs/aggregates.md says what each is good for.
 """
 
-import math
 from collections.abc import Callable
 
 import jax
@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from fedmetanas_jax import tree
 from fedmetanas_jax.core import Aggregate, Algorithm, Array, Tree
 from fedmetanas_jax.engine import privacy, robust
+from fedmetanas_jax.engine import secure as secure_sums
+from fedmetanas_jax.engine.clipping import clip
 from fedmetanas_jax.options import LARGEST_INT, UsageError
 
 
@@ -43,36 +45,6 @@ def finite(allowed: int) -> Aggregate:
         return kept, jnp.where(good, weight, 0.0), {}
 
     return Aggregate(apply, leaves_out=True, allowed=allowed)
-
-
-def clip(weights: float, alpha: float | None = None, stats: float | None = None) -> Aggregate:
-    """Scales a client's change down to these Euclidean norms: of the weights (all parts but the other two together),
-    of the architecture parameters, of the batch-norm statistics; None leaves a part as it is.
-
-    Metric "clipped" [cohort]: 1 where something was scaled. ValueError for a norm that is not positive.
-    """
-    for norm in (weights, alpha, stats):
-        if norm is not None and not 0 < norm < math.inf:
-            raise ValueError(f"clip:{norm}: a norm to clip to must be positive and finite")
-
-    most = {"alpha": alpha, "stats": stats}
-
-    def one(change: dict) -> tuple[dict, Array]:
-        scaled, clipped = dict(change), jnp.array(False)
-        parts = [((name,), most[name]) for name in most if name in change]
-        for names, norm in [(tuple(name for name in change if name not in most), weights), *parts]:
-            if norm is not None:
-                part = {name: change[name] for name in names}
-                length = tree.global_norm(part)
-                scaled |= tree.scale(part, norm / jnp.maximum(length, norm))
-                clipped |= length > norm
-        return scaled, clipped
-
-    def apply(change: Tree, weight: Array, key: Array):
-        change, clipped = jax.vmap(one)(change)
-        return change, weight, {"clipped": clipped.astype(jnp.float32)}
-
-    return Aggregate(apply)
 
 
 def chain(*stages: Aggregate) -> Aggregate:
@@ -105,6 +77,8 @@ def check(aggregate: Aggregate, algorithm: Algorithm, report: Tree) -> None:
         )
     if aggregate.noise is not None:
         privacy.check_report(report)
+    if aggregate.secure is not None:
+        secure_sums.check_method(algorithm, report)
 
 
 REDUCING: dict[str, Callable[..., Aggregate]] = {"mean": mean, "median": robust.median, "trimmed": robust.trimmed}
@@ -115,6 +89,7 @@ NUMBERS = {
     "median": ((), 0),
     "trimmed": ((float,), 1),
     "gaussian": ((float, float), 1),
+    "secure": ((), 0),
     "finite": ((int,), 1),
     "clip": ((float, float, float), 1),
 }
@@ -127,7 +102,7 @@ def parse(text: str) -> Aggregate:
     """
     named = [(name, _numbers(text, name, numbers)) for name, *numbers in (item.split(":") for item in _items(text))]
     names = [name for name, _ in named]
-    reducing = (*REDUCING, "gaussian")
+    reducing = (*REDUCING, "gaussian", "secure")
     if twice := sorted({name for name in names if names.count(name) > 1} - set(reducing)):
         raise ValueError(f"aggregate={text!r}: {twice[0]} stands there twice; each stage may come once")
     if sum(name in reducing for name in names) != 1:
@@ -138,6 +113,8 @@ def parse(text: str) -> Aggregate:
         raise ValueError(f"aggregate={text!r}: {names[-1]} comes after the {last}, where no client's change is left")
     if names[-1] == "gaussian":
         return _private(text, named)
+    if names[-1] == "secure":
+        return _secure(text, named)
     return chain(*(_made(text, STAGES[name], name, numbers) for name, numbers in named))
 
 
@@ -151,6 +128,14 @@ def _private(text: str, named: list[tuple[str, list]]) -> Aggregate:
     clipped = _made(text, clip, "clip", norms)
     noisy = _made(text, lambda *given: privacy.gaussian(*given, **measured), "gaussian", numbers)
     return chain(finite(LARGEST_INT), clipped, noisy)
+
+
+def _secure(text: str, named: list[tuple[str, list]]) -> Aggregate:
+    """Clipping and adding up, which are one: how finely numbers are added follows from the norms, and a client that is
+    not to be seen must clip for itself."""
+    if [name for name, _ in named] != ["clip", "secure"]:
+        raise ValueError(f"aggregate={text!r}: secure takes clip alone before it, as in clip:5:1:10,secure")
+    return _made(text, secure_sums.secure, "clip", named[0][1])
 
 
 def _items(text: str) -> list[str]:
@@ -178,6 +163,7 @@ WANTED = {
     "median": "no numbers",
     "trimmed": "the share of the clients to trim on either side, above 0 and below 0.5, as in trimmed:0.2",
     "gaussian": "the noise multiplier, 0 or more, and a delta if it is not to be 1 / clients, as in gaussian:1:1e-5",
+    "secure": "no numbers",
     "finite": "the replies that may be left out in the whole run, as in finite:10",
     "clip": "the largest norm of the weights' change, then of alphas and statistics, as in clip:5 or clip:5:1:10",
 }

@@ -44,8 +44,12 @@ def lines(metrics: dict, start: int, stop: int, seconds: float, phase: int, algo
 
 
 def _mean(name: str, values: np.ndarray, rows: np.ndarray) -> float:
-    of_images = values.ndim and name.endswith(("loss", "accuracy"))
-    return float(np.average(values, weights=rows) if of_images else np.mean(values))
+    return float(np.average(values, weights=rows) if values.ndim and of_images(name) else np.mean(values))
+
+
+def of_images(name: str) -> bool:
+    """Whether what a client measures under this name is a mean over its training images."""
+    return name.endswith(("loss", "accuracy"))
 
 
 def check_finite(metrics: dict, start: int, stop: int, saved: list[int], lost: int, allowed: int) -> int:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from fedmetanas_jax import tree
 from fedmetanas_jax.core import Aggregate, Algorithm, Array, Examples, FederatedData, Merged, Reply, RoundState, Tree
 from fedmetanas_jax.engine import aggregate as aggregates
-from fedmetanas_jax.engine import client_states, privacy
+from fedmetanas_jax.engine import client_states, privacy, secure
 from fedmetanas_jax.engine.mesh import ALL, STATE, on_mesh, padded
 
 # Append only: the place is the salt.
@@ -244,7 +244,8 @@ def make_round(
         )
         finite = jax.vmap(tree.all_finite)(replies)
         heard = replies.change, jnp.where(finite, replies.weight, jnp.nan), replies.report
-        moved, weight, more = learn(algorithm, aggregate, server, chosen, *heard, seed, state.round)
+        stages = secure.within(aggregate, data.train.shape[1])
+        moved, weight, more = learn(algorithm, stages, server, chosen, *heard, seed, state.round)
         chex.assert_trees_all_equal_shapes_and_dtypes(replies.own, before, custom_message="client_update changed own")
         after = replies.own
         if aggregate.leaves_out:
