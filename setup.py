@@ -39,7 +39,11 @@ setup(
         # wants an attrs below 24.
         "privacy": ["dp-accounting>=0.6"],
         # Only for experiments/serve.py, join.py and what tries them; tests/test_deploy*.py skip without it.
-        "deploy": ["grpcio>=1.85", "msgpack>=1.2", "cryptography>=50", "prometheus-client>=0.26"],
+        # pycryptodome is for secure sums alone (config.aggregate=clip:...,secure).
+        "deploy": ["grpcio>=1.85", "msgpack>=1.2", "cryptography>=50", "pycryptodome>=3.24", "prometheus-client>=0.26"],
+        # Only for experiments/flower_app; tests/test_flower_*.py skip without it. It wants a pycryptodome below 4, a
+        # protobuf below 7, a rich below 15 and a packaging below 26.
+        "flower": ["flwr>=1.42", "grpcio>=1.85", "msgpack>=1.2"],
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.8",

@@ -185,7 +185,7 @@ def run(
         if not hosts.leader():
             engine.run(phases, data, conduct, workdir=workdir, mesh=mesh, stop_after=stop_after, identity=mine)
             return
-        with claim(workdir, to_dict(config), print, may_change(config)) as claimed, _hindrances(command):
+        with claim(workdir, to_dict(config), print, may_change(config)) as claimed, hindrances(command):
 
             def accepted() -> None:
                 if chosen.genotype is not None:
@@ -227,7 +227,7 @@ def _check_processes(config: Config, mine: dict, stop_after: int | None) -> None
 
 
 @contextlib.contextmanager
-def _hindrances(command: str):
+def hindrances(command: str):
     """WorkdirError, which says how to go on, in place of an OSError."""
     try:
         yield

@@ -1,6 +1,7 @@
 """A server and clients as processes of their own, over loopback with TLS: what happens to them changes no bit.
 
-FEDMETANAS_TEST_CLIENTS=6 takes six client processes in place of three.
+FEDMETANAS_TEST_CLIENTS=6 takes six client processes in place of three, FEDMETANAS_TEST_METHODS=fedprox,fednas these
+methods as well.
 """
 
 import json
@@ -21,13 +22,10 @@ COMMON = {
     "test_size": 16, "rounds": 10, "epochs": 1, "checkpoint_every": 1, "eval_every": 5, "batch": 8, "block": 1,
     "at_once": 1, "bn_eval": "running", "final_adapt": "false",
 }  # fmt: skip
-METHODS = {
-    "scaffold": {},
-    "fedmetanas": {
-        "options.prune_from": 0.3, "options.prune_until": 0.5, "options.prune_events": 2,
-        "options.prune_tolerance": "none",
-    },
+PRUNING = {
+    "options.prune_from": 0.3, "options.prune_until": 0.5, "options.prune_events": 2, "options.prune_tolerance": "none",
 }  # fmt: skip
+METHODS = ["scaffold", "fedmetanas", *filter(None, os.environ.get("FEDMETANAS_TEST_METHODS", "").split(","))]
 PATIENCE = "--deadline=600"  # who is missed would change the bits, however slow the machine is
 # Of the records: what hangs on the clock, and what one side cannot know.
 CLOCK = ("seconds", "compile_seconds", "event_stall_seconds", "compile_seconds_ahead")
@@ -44,7 +42,8 @@ def finished(workdir: Path, without: tuple[str, ...]) -> tuple[list[dict], dict]
 
 @pytest.mark.parametrize("method", METHODS)
 def test_with_a_server_and_a_client_killed_it_is_the_simulated_run(method, tmp_path):
-    with Trial(tmp_path, COMMON | {"method": method} | METHODS[method], CLIENTS) as trial:
+    options = PRUNING if method in ("fedmetanas", "metafedpnas", "metaperfedrlnas") else {}
+    with Trial(tmp_path, COMMON | {"method": method} | options, CLIENTS) as trial:
         trial.finish("main", *trial.fields, f"--workdir={tmp_path / 'simulated'}")
         trial.make_shares()
         trial.serve(PATIENCE)

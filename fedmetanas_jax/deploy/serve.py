@@ -93,7 +93,7 @@ def serve(
         run = terms.run_of(agreed)
         mine = identity.of(to_dict(config), MAY_CHANGE, data)
         interrupt.obey()
-        with claim(workdir, to_dict(config), print, MAY_CHANGE) as claimed:
+        with claim(workdir, to_dict(config), print, MAY_CHANGE) as claimed, build.hindrances(command):
             registered = None if listening.certs is None else listening.certs / credentials.CLIENTS
             roster = Roster(config.clients, registered, workdir / PLACES)
             hub = make_hub(agreed, run, roster, partial(print, flush=True))
