@@ -234,7 +234,7 @@ def hindrances(command: str):
     except BrokenPipeError:  # nothing is wrong with the workdir: nobody reads the output any more
         raise
     except OSError as error:
-        what = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+        what = f"{error.strerror}: {error.filename}" if error.filename else error.strerror or str(error)
         raise records.WorkdirError(
             f"the run could not go on ({what}); once that is mended, this goes on from its last checkpoint: {command}"
         ) from error
