@@ -26,6 +26,7 @@ from fedmetanas_jax.options import parse_path
 FIELDS = {
     "method": "scaffold", "network": "mobilenetv3_tiny", "clients": CLIENTS, "cohort": 3, "train_size": 32,
     "test_size": 16, "rounds": 100_000, "epochs": 1, "eval_every": 0, "batch": 8, "at_once": 1, "bn_eval": "running",
+    "lr": 0.01, "momentum": 0.0,  # or so many rounds of 32 images diverge
 }  # fmt: skip
 FLAGS = {
     "each": Flag(int, 8, "how often every fault is injected", least=1),
