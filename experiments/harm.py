@@ -89,8 +89,8 @@ def client_stalled(bench: Bench) -> tuple[str, str]:
 
 def server_killed(bench: Bench) -> tuple[str, str]:
     """kill -9 of the server."""
-    before = bench.trial.records()
     bench.trial.kill("server")
+    before = bench.trial.records()
     bench.trial.serve(*PATIENCE)
     said = bench.said("server", "resuming after round")
     line = bench.said("client-2", "trying again")
