@@ -29,9 +29,9 @@ for folder in (Path(__file__).parents[1], Path(__file__).parents[1] / "experimen
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
 
-import main as cli  # noqa: E402
 import tables  # noqa: E402
 
+from fedmetanas_jax import main as cli  # noqa: E402
 from fedmetanas_jax.options import option_types  # noqa: E402
 from fedmetanas_jax.tasks import TASKS  # noqa: E402
 

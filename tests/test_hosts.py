@@ -1,7 +1,6 @@
 """One run over several processes of this machine: the same bits as one process, one workdir, one end for all."""
 
 import functools
-import importlib.util
 import json
 import os
 import signal
@@ -18,6 +17,7 @@ import one_of_several
 import pytest
 
 from fedmetanas_jax import build
+from fedmetanas_jax import main as cli
 from fedmetanas_jax.config import Config
 from fedmetanas_jax.engine import hosts
 from fedmetanas_jax.engine.checkpoint import Checkpoints
@@ -26,9 +26,6 @@ from fedmetanas_jax.options import UsageError
 
 TESTS = Path(__file__).parent
 MAIN = TESTS.parent / "experiments" / "main.py"
-SPEC = importlib.util.spec_from_file_location("main_for_hosts", MAIN)
-cli = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(cli)
 CLOCK = ("seconds", "compile_seconds", "event_stall_seconds", "compile_seconds_ahead")
 METHODS = ("scaffold", "fedmetanas")
 ENDS = 40  # seconds in which all are gone once one failed; 20 are promised, and this machine may be busy

@@ -6,9 +6,9 @@ import threading
 import types
 from functools import partial
 
-import main as cli
 import pytest
 
+from fedmetanas_jax import main as cli
 from fedmetanas_jax.engine import sink_kinds, sinks
 from fedmetanas_jax.engine.sink_kinds import KINDS, Run, Sink, SinkError, numbers
 from fedmetanas_jax.engine.sinks import Sinks
