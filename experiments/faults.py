@@ -1,6 +1,6 @@
 """A federation that is done harm to, over loopback with TLS: what is injected, and what happens.
 
-    python experiments/faults.py --each=5          # results/deploy_faults.json and .md
+    python experiments/faults.py --each=6          # results/deploy_faults.json and .md
 
 Six clients of SCAFFOLD, three a round, a quorum of two and a deadline of DEADLINE seconds. A fault is injected while
 rounds go on; it is over when two further rounds are done. The run is one and the same all through.
@@ -59,7 +59,7 @@ def measure(folder: Path, each: int, only: tuple[str, ...], keep: Callable[[list
                 bench.mark()
                 clock = time.monotonic()
                 try:
-                    server, client = (text.replace(f"{folder}/", "") for text in FAULTS[name](bench))
+                    server, client = (_anywhere(text, folder) for text in FAULTS[name](bench))
                     went_on = bench.go_on()
                     found.append(Seen(name, went_on, server, client, True))
                 except TrialError as error:
@@ -77,6 +77,12 @@ def measure(folder: Path, each: int, only: tuple[str, ...], keep: Callable[[list
         if "Traceback" in trial.log("server"):
             raise TrialError("the server printed a traceback")
     return found
+
+
+def _anywhere(text: str, folder: Path) -> str:
+    """What was said, without the paths of this machine."""
+    script = f"{sys.executable} {Path(__file__).parent}/"
+    return text.replace(f"{folder}/", "").replace(script, "python experiments/")
 
 
 def table(found: list[Seen], rounds: str) -> str:
