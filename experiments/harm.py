@@ -104,15 +104,18 @@ def server_killed(bench: Bench) -> tuple[str, str]:
 
 def wrong_certificate(bench: Bench) -> tuple[str, str]:
     """A client whose certificate another CA made."""
-    return _outside(bench, "wrong", 365.0)
+    folder = bench.trial.folder / "wrong"
+    certs.make(folder, ["client-5"], [], 365.0)
+    # With the federation's CA, so that it is the server who refuses.
+    mine = folder / "clients/client-5"
+    mine.joinpath("ca.pem").write_bytes((bench.trial.folder / "certs/ca.pem").read_bytes())
+    told = Rogue(bench.trial.port, mine).hello()
+    return f"TLS handshake refused: {told}", _joined_in_vain(bench, folder)
 
 
 def expired_certificate(bench: Bench) -> tuple[str, str]:
     """A client whose certificate has expired; it knows better than to connect."""
-    folder = bench.trial.folder / "expired"
-    for name in ("ca.pem", "ca.key", "server.pem", "server.key"):
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes((bench.trial.folder / "certs" / name).read_bytes())
+    folder = _same_ca(bench, "expired")
     certs.make(folder, ["client-5"], [], -1.0)
     rogue = Rogue(bench.trial.port, folder / "clients/client-5", checks_date=False)
     told = rogue.hello()
@@ -120,14 +123,13 @@ def expired_certificate(bench: Bench) -> tuple[str, str]:
     return f"TLS handshake refused: {told}", line
 
 
-def _outside(bench: Bench, name: str, days: float) -> tuple[str, str]:
+def _same_ca(bench: Bench, name: str) -> Path:
+    """A folder for certificates of the federation's own CA that its clients have none of."""
     folder = bench.trial.folder / name
-    certs.make(folder, ["client-5"], [], days)
-    # With the federation's CA, so that it is the server who refuses.
-    mine = folder / "clients/client-5"
-    mine.joinpath("ca.pem").write_bytes((bench.trial.folder / "certs/ca.pem").read_bytes())
-    told = Rogue(bench.trial.port, mine).hello()
-    return f"TLS handshake refused: {told}", _joined_in_vain(bench, folder)
+    folder.mkdir(exist_ok=True)
+    for file in ("ca.pem", "ca.key", "server.pem", "server.key"):
+        (folder / file).write_bytes((bench.trial.folder / "certs" / file).read_bytes())
+    return folder
 
 
 def _joined_in_vain(bench: Bench, folder: Path) -> str:
@@ -140,10 +142,7 @@ def _joined_in_vain(bench: Bench, folder: Path) -> str:
 
 def not_registered(bench: Bench) -> tuple[str, str]:
     """A certificate of the right CA for a name that is not on the server's list."""
-    folder = bench.trial.folder / "other"
-    for name in ("ca.pem", "ca.key", "server.pem", "server.key"):
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes((bench.trial.folder / "certs" / name).read_bytes())
+    folder = _same_ca(bench, "other")
     certs.make(folder, ["stranger"], [], 365.0)
     told = Rogue(bench.trial.port, folder / "clients/stranger").hello()
     return bench.said("server", "refused stranger: 'stranger' is not registered"), told

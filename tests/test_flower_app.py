@@ -17,7 +17,7 @@ import pytest
 pytest.importorskip("flwr", reason="needs the extra: pip install 'fedmetanas_jax[flower]'")
 
 from flower_trial import APP, FlowerTrial
-from test_deploy import COMMON, METHODS, SERVERS, SIMULATIONS, finished
+from served_run import METHODS, assert_simulated, fields
 
 sys.path.insert(0, str(APP))
 from fedmetanas_flower import client_app, door, records, server_app
@@ -30,7 +30,6 @@ from fedmetanas_jax.engine.claim import LOCK
 from fedmetanas_jax.options import UsageError
 
 RUN = "0a" * 32
-FEW = COMMON | {"clients": 3, "cohort": 2, "rounds": 8}
 
 
 def test_letters_come_back_as_they_were_packed():
@@ -188,7 +187,7 @@ def test_the_folder_of_sockets_is_this_users_alone(tmp_path, monkeypatch):
 @pytest.mark.skipif(os.environ.get("FEDMETANAS_FLOWER") != "1", reason="takes minutes: set FEDMETANAS_FLOWER=1")
 @pytest.mark.parametrize("method", METHODS)
 def test_over_flower_with_the_server_and_a_worker_killed_it_is_the_simulated_run(method, tmp_path):
-    with FlowerTrial(tmp_path, FEW | {"method": method} | METHODS[method], 3) as trial:
+    with FlowerTrial(tmp_path, fields(method, clients=3, cohort=2, rounds=8), 3) as trial:
         trial.finish("main", *trial.fields, f"--workdir={tmp_path / 'simulated'}")
         trial.make_shares()
         trial.link()
@@ -205,10 +204,4 @@ def test_over_flower_with_the_server_and_a_worker_killed_it_is_the_simulated_run
         assert "resuming after round " in trial.log("app")
         assert "client-1 is gone" in trial.log("app")
         assert not any("left_out" in line for line in trial.records())
-        (records, arrays), (expected, weights) = (
-            finished(trial.workdir, SERVERS), finished(tmp_path / "simulated", SIMULATIONS)
-        )  # fmt: skip
-    assert records == expected
-    assert arrays.keys() == weights.keys()
-    for name in weights:
-        np.testing.assert_array_equal(arrays[name], weights[name], err_msg=name)
+        assert_simulated(trial.workdir, tmp_path / "simulated")

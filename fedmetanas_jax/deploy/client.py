@@ -238,7 +238,6 @@ class Client:
             self._place = fields["place"]
             self._turns = self._secure(run, fields["place"])
 
-
     def _secure(self, run: str, place: int) -> "Turns | None":
         if self._worker.secure is None:
             if self._asked.only_secure:

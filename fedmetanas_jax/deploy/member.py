@@ -170,7 +170,10 @@ class Member:
 
     def _sealing(self, sender: int, to: int) -> bytes:
         other = self._others[to if sender == self._place else sender]
-        return self._agree(self._cipher_key, other.cipher_key, "shares", self._name, sender, to)
+        try:
+            return masks.agreed(self._cipher_key, other.cipher_key, "shares", self._name, sender, to)
+        except ValueError:
+            raise Distrust("there is a key in the list that is none") from None
 
     def _pair_key(self, place: int) -> bytes:
         mine = self._mask_key, self._others[place].mask_key
@@ -178,9 +181,3 @@ class Member:
             return masks.pair_key(*mine, self._name, self._place, place)
         except ValueError:
             raise Distrust(f"the key of {self._names[place]} is none") from None
-
-    def _agree(self, mine, other: bytes, *about) -> bytes:
-        try:
-            return masks.agreed(mine, other, *about)
-        except ValueError:
-            raise Distrust("there is a key in the list that is none") from None
