@@ -104,7 +104,6 @@ def digits_dir01() -> Config:
         at_once=0,
         eval_every=5,
         bn_eval="recalibrated",
-        options={"travel": 60.0},  # at the default of 8 the logits of so short a search decide little
     )
 
 

@@ -30,17 +30,17 @@ def fedmetanas(
     task_lr: float = 0.01,
     task_alpha_lr: float = 1.0,
     alpha_lr: float | None = None,
-    travel: float = 8.0,
-    alpha_weight_decay: float = 1e-3,
+    travel: float = 40.0,
+    alpha_weight_decay: float = 0.0,
     warmup: float = 0.06,
     anneal: Literal["exponential", "linear"] = "exponential",
     temperature: float = 1.0,
     temperature_end: float = 0.1,
-    temperature_until: float = 0.25,
+    temperature_until: float = 0.5,
     gumbel: bool = True,
     prune: Literal["line", "threshold"] = "line",
-    prune_from: float = 0.28,
-    prune_until: float = 0.64,
+    prune_from: float = 0.15,
+    prune_until: float = 0.5,
     prune_events: int = 18,
     threshold: float = 0.01,
     cap: float = 0.25,
@@ -63,7 +63,8 @@ def fedmetanas(
       task_alpha_lr: of the logits in the inner steps, times the temperature: at every temperature a step
         then moves a logit about as far, since the gradient grows as 1 / temperature.
       alpha_lr, alpha_weight_decay: the logits' meta optimizer, Adam with betas (0.5, 0.999). none = the rate at
-        which a logit can go as far as `travel` between the warm-up and the last event, however long the run is.
+        which a logit can go as far as `travel` between the warm-up and the last event, however long the run is. Of a
+        decay Adam makes whole steps where the loss says little, which at a low temperature is nearly everywhere (D-8).
       warmup: share of the rounds in which the logits stand still.
       anneal, temperature, temperature_end, temperature_until: how it falls over that share of the rounds; then it is
         constant (D-9).

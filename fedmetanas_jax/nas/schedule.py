@@ -3,7 +3,7 @@
 All times are shares of the run, so that 60, 300 and 1,000 rounds have the same shape. The paper's are the threshold
 on noise-free weights and Gumbel noise at a falling temperature (section 4.4); the warm-up is DARTS's and MetaNAS's.
 The travel rule and the line, by which a search ends in a discrete network whatever its length, are ours (D-9, D-12 to
-D-14): thresholds alone leave most operations alive until the last event, which then decides what was undecided.
+D-14): where logits have no time to learn, thresholds alone leave most operations to the last event.
 """
 
 from collections.abc import Callable
