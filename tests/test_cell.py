@@ -1,6 +1,7 @@
 """The order in which a cell is computed, and that every way of computing it gives the same numbers."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -106,6 +107,9 @@ def derivatives(plan, reduce, cell):
     return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))
 
 
+one_by_one = partial(unrolled_cell, apart=True)
+
+
 def stride(op):
     """What its stack is for, where it has one."""
     return 2 if op == "skip_connect" else 1
@@ -122,17 +126,19 @@ def example(plan, reduce):
 
 @pytest.mark.usefixtures("double")
 @pytest.mark.parametrize(("plan", "reduce"), [(SOME, False), (((SEP3, MAX, SKIP),) * EDGES, True)], ids=["some", "all"])
-def test_both_ways_give_the_same_numbers(plan, reduce):
+def test_all_ways_give_the_same_numbers(plan, reduce):
     arguments = example(plan, reduce)
-    got, want = (derivatives(plan, reduce, cell)(*arguments) for cell in (unrolled_cell, scanned_cell))
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
+    want = derivatives(plan, reduce, scanned_cell)(*arguments)
+    for cell in (unrolled_cell, one_by_one):
+        got = derivatives(plan, reduce, cell)(*arguments)
+        assert jax.tree.structure(got) == jax.tree.structure(want)
+        for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.usefixtures("double")
 @pytest.mark.parametrize("reduce", [False, True])
-def test_both_ways_evaluate_alike(reduce):
+def test_all_ways_evaluate_alike(reduce):
     inputs, weights, mix = example(SOME, reduce)
     rng, stats = np.random.default_rng(1), {}
     for op, edges in stacked(SOME, reduce).items():
@@ -145,7 +151,8 @@ def test_both_ways_evaluate_alike(reduce):
         run = jax.jit(lambda *given: cell(*given, SOME, reduce, False)[0])
         return run(inputs, weights, stats, mix)
 
-    np.testing.assert_allclose(nodes(unrolled_cell), nodes(scanned_cell), rtol=1e-9, atol=1e-11)
+    for cell in (unrolled_cell, one_by_one):
+        np.testing.assert_allclose(nodes(cell), nodes(scanned_cell), rtol=1e-9, atol=1e-11)
 
 
 def test_edges_of_one_source_share_their_pool():
@@ -164,10 +171,10 @@ def test_edges_of_one_source_share_their_pool():
 
 
 def test_what_suits_a_backend():
-    """Small arrays for a CPU until one operation an edge is left; large ones elsewhere."""
+    """Small arrays for a CPU, without a loop once one operation an edge is left; large ones elsewhere."""
     several, one = ((SEP3, MAX), (SKIP,)), ((SEP3,), ())
-    assert suited("cpu", several) == "scan"
-    assert {suited("cpu", one), suited("gpu", several), suited("tpu", one)} == {"side_by_side"}
+    assert (suited("cpu", several), suited("cpu", one)) == ("scan", "one_by_one")
+    assert {suited(where, plan) for where in ("gpu", "tpu") for plan in (several, one)} == {"side_by_side"}
 
 
 # --- Other platforms ----------------------------------------------------------------------------------------

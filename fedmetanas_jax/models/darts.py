@@ -30,16 +30,18 @@ from fedmetanas_jax.models.space import cell_types, head, head_weights, kernel, 
 from fedmetanas_jax.models.weights import Weight
 
 STEM_MULTIPLIER = 3
-Way = Literal["scan", "side_by_side"]
+Way = Literal["scan", "side_by_side", "one_by_one"]
 
 
 def suited(backend: str, plan: CellPlan) -> Way:
     """The way for a backend ("cpu", "gpu", "tpu") and the live operations of a cell (docs/formulations.md).
 
-    A CPU is fastest on small arrays one after another until an edge has at most one operation left; an
-    accelerator wants few large kernels and no conditionals.
+    A CPU is fastest on small arrays one after another: in a loop over the edges until each has at most one operation
+    left, then written out. An accelerator wants few large kernels and no conditionals.
     """
-    return "scan" if backend == "cpu" and any(len(ops) > 1 for ops in plan) else "side_by_side"
+    if backend != "cpu":
+        return "side_by_side"
+    return "scan" if any(len(ops) > 1 for ops in plan) else "one_by_one"
 
 
 def declared(shape, classes: int, width: int, types: list[int], plan: Plan) -> tuple[dict, dict]:
@@ -121,7 +123,9 @@ def darts_space(
             s0 = s1 = scale * x + shift
             for i in range(length):
                 reduce, name, kind = i in reductions(length), f"cell_{i}", types[i]
-                compute = partial(scanned_cell, sampled=sampled) if ways[kind] == "scan" else unrolled_cell
+                compute = partial(unrolled_cell, apart=ways[kind] == "one_by_one")
+                if ways[kind] == "scan":
+                    compute = partial(scanned_cell, sampled=sampled)
                 block, given = params[name], stats[name]
                 first, moments_0 = preprocess(block["preprocess_0"], given["preprocess_0"], s0, train)
                 second, moments_1 = preprocess(block["preprocess_1"], given["preprocess_1"], s1, train)

@@ -4,7 +4,7 @@
 anew and may have to ask the host about every conditional. Here a cell is written out source by source. The edges
 that leave a source, and the operations of a family on them, are rows of one array: one matrix product serves their
 pointwise layers, one reduction their batch norms. Same numbers as `scan` up to rounding; docs/formulations.md says
-what either costs.
+what either costs. For a CPU, whose caches a row fills, every row is computed `apart`.
 """
 
 from functools import partial
@@ -56,23 +56,29 @@ summed.defvjp(lambda x, *static: (summed(x, *static), None), lambda places, _, _
 
 
 def unrolled_cell(
-    inputs: Array, weights: Tree, stats: Tree, mix: Array, plan: CellPlan, reduce: bool, train: bool
-) -> tuple[Array, Tree]:
-    """As `scan.scanned_cell`: inputs [2, C, H, W, N] -> ([nodes, C, H', W', N], moments of its batch norms)."""
+    inputs: Array, weights: Tree, stats: Tree, mix: Array, plan: CellPlan, reduce: bool, train: bool,
+    apart: bool = False,
+) -> tuple[Array, Tree]:  # fmt: skip
+    """As `scan.scanned_cell`: inputs [2, C, H, W, N] -> ([nodes, C, H', W', N], moments of its batch norms).
+
+    apart: operations with weights are computed one after another, not those of a family as rows of one array.
+    """
     stride, nodes = (lambda i: 2 if reduce and i < 2 else 1), num_nodes(plan)
     found = sources(darts_graph(nodes), plan, lambda op, i: bool(op_shapes(op, 2, stride(i))))
     height, width = (n // 2 if reduce else n for n in inputs.shape[2:4])
     empty = jnp.zeros((inputs.shape[1], height, width, inputs.shape[4]), inputs.dtype)
     out, moments = visit_all(
-        found, stacked(plan, reduce), lambda source, *given: _visit(source, stride(source.number), *given),
+        found, stacked(plan, reduce), lambda source, *given: _visit(source, stride(source.number), apart, *given),
         list(inputs), [empty] * nodes, weights, stats, jnp.where(carried(plan), mix, 0), train,
     )  # fmt: skip
     return jnp.stack(out), moments
 
 
-def _visit(source: Source, stride: int, x: Array, weights: Tree, known: Tree | None, mix: Array) -> tuple[Array, Tree]:
+def _visit(
+    source: Source, stride: int, apart: bool, x: Array, weights: Tree, known: Tree | None, mix: Array
+) -> tuple[Array, Tree]:
     """As `sources.visit_all` has it."""
-    total, moments = 0.0, {}
+    total, moments, train = 0.0, {}, known is None
     if source.shared:
         ops = tuple(Op(OPS.index(op), True) for op in source.shared)
         total, seen = operations.weightless(ops, stride, x, known, mix, np.ones(len(OPS), bool))
@@ -82,9 +88,18 @@ def _visit(source: Source, stride: int, x: Array, weights: Tree, known: Tree | N
     relu_x = lax.optimization_barrier(jax.nn.relu(x))
     for family in FAMILIES:
         ops = [op for op in family if op in source.own]
-        if ops:
+        if ops and not apart:
             y, seen = _family(source, stride, ops, relu_x, weights, known, mix)
             total, moments = total + y, moments | seen
+        for op in ops if apart else ():
+            rows = []
+            for n, place in enumerate(source.on[op]):
+                own, given = jax.tree.map(lambda x, n=n: x[n : n + 1], (weights[op], None if train else known[op]))
+                alone = source._replace(on={op: [place]})
+                y, seen = _family(alone, stride, [op], relu_x, {op: own}, None if train else {op: given}, mix)
+                total = total + y
+                rows.append(seen[op])
+            moments[op] = jax.tree.map(lambda *m: jnp.concatenate(m), *rows)
     return total, moments
 
 
