@@ -58,7 +58,7 @@ SCALES = {
         "or less, and trained for much less: accuracies are far below the paper's.",
         seeds=(1, 2, 3),
         base=dataclasses.replace(
-            TASKS["cifar10_small"](), devices=1, epochs=2, rounds=300, checkpoint_every=50, eval_every=10
+            TASKS["cifar10_small"](), devices=1, epochs=2, rounds=300, lr=0.05, checkpoint_every=50, eval_every=10
         ),
         datasets={"mnist": {"augment": ()}},
         methods=TRAVEL | RATES,
@@ -70,7 +70,7 @@ SCALES = {
         "training on real images, and what pruning costs. Accuracies are far below the paper's: what they differ by "
         "says how far a small network gets, not whether a method was reproduced.",
         seeds=(1, 2, 3),
-        base=dataclasses.replace(TASKS["cifar10_small"](), devices=1),
+        base=dataclasses.replace(TASKS["cifar10_small"](), devices=1, rounds=150, lr=0.05),
         datasets={"mnist": {"augment": ()}},
         methods=RATES,
         stands_for={},
