@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from newcomers import darts_fedavg, fedprox_from_nothing
@@ -89,11 +88,3 @@ def test_fedmetanas_searches_another_space_with_nothing_changed(tmp_path):
     assert [len(node) for node in found["cell"]] == [1, 2, 3]
     assert (workdir / "cells.png").stat().st_size > 1000
     assert load(workdir / "network.npz").predict(np.zeros((3, 8, 8, 1), np.uint8)).shape == (3,)
-    # What was found can be trained from scratch, at another size.
-    retrained = dataclasses.replace(
-        config, method="fedavg", network=str(workdir / "genotype.json"), width=4, options={}, rounds=2
-    )
-    build.run(retrained, task="t", workdir=tmp_path / "retrained", data_dir=tmp_path)
-    again = json.loads((tmp_path / "retrained" / "result.json").read_text())
-    assert again["network_parameters"] > result["network_parameters"]
-    assert jnp.isfinite(again["server_accuracy"])

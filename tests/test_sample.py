@@ -34,10 +34,10 @@ def space(**size):
 
 
 @cache
-def network():
+def network(**size):
     """(params, stats, images) of the space above."""
-    plan = masks.full_plan(space().graph)
-    params, stats = space().make(plan).init(jax.random.key(1))
+    plan = masks.full_plan(space(**size).graph)
+    params, stats = space(**size).make(plan).init(jax.random.key(1))
     return params, stats, jax.random.randint(jax.random.key(2), (4, 8, 8, 1), 0, 255).astype(jnp.uint8)
 
 
@@ -131,13 +131,14 @@ def test_hard_gumbel_hands_on_the_gradient_of_the_weight_of_what_was_drawn():
 
 
 def test_skipping_what_is_not_drawn_changes_no_value_and_no_gradient():
-    params, stats, image = network()
-    graph = space().graph
+    size = {"nodes": 1}  # half the time to compile, and every kind of operation all the same
+    params, stats, image = network(**size)
+    graph = space(**size).graph
     plan = masks.full_plan(graph)
     alpha, mask = relax.init_alpha(jax.random.key(3), graph), masks.full(graph)
     found = []
     for sampled in (False, True):
-        net = space().make(plan, sampled)
+        net = space(**size).make(plan, sampled)
 
         def loss(params, alpha, net=net):
             mix = sample.scored(graph, alpha, mask, jax.random.key(4))
@@ -149,7 +150,7 @@ def test_skipping_what_is_not_drawn_changes_no_value_and_no_gradient():
     np.testing.assert_allclose(value, dense, rtol=1e-6)
     for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(dense_gradients), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
-    drawn = space().spread(mix != 0, plan, moments, True)
+    drawn = space(**size).spread(mix != 0, plan, moments, True)
     for here, a, b in zip(*map(jax.tree.leaves, (drawn, moments, dense_moments)), strict=True):
         here = np.broadcast_to(here, a.shape)
         np.testing.assert_allclose(np.where(here, a, 0), np.where(here, b, 0), atol=1e-5)
