@@ -12,7 +12,7 @@ import numpy as np
 OPS = 8
 ROUND, ROUNDS = 100, 1000  # what is timed is past the warm-up: the logits move
 # The schedule of fedmetanas that both sides compute: `torch_bench.rounds.rates_at` is the same in PyTorch.
-SCHEDULE = {"alpha_lr": 3e-4, "warmup": 0.05, "anneal": "linear", "temperature_until": 0.8}
+SCHEDULE = {"alpha_lr": 3e-4, "alpha_weight_decay": 1e-3, "warmup": 0.05, "anneal": "linear", "temperature_until": 0.8}
 FULL_ROUND = 45  # tasks of a client in the paper's round: 5 epochs of 600 // (2 * 32)
 
 
