@@ -88,3 +88,8 @@ def test_fedmetanas_searches_another_space_with_nothing_changed(tmp_path):
     assert [len(node) for node in found["cell"]] == [1, 2, 3]
     assert (workdir / "cells.png").stat().st_size > 1000
     assert load(workdir / "network.npz").predict(np.zeros((3, 8, 8, 1), np.uint8)).shape == (3,)
+    # What was found can be trained from scratch, at another size.
+    again = dataclasses.replace(config, method="fedavg", network=str(workdir / "genotype.json"), width=4, options={})
+    algorithm, _ = build.without_a_run(again, str(tmp_path))
+    server, _ = jax.eval_shape(algorithm.init, jax.random.key(0))
+    assert sum(x.size for x in jax.tree.leaves(server.params)) > result["network_parameters"]

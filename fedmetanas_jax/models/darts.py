@@ -123,9 +123,11 @@ def darts_space(
             s0 = s1 = scale * x + shift
             for i in range(length):
                 reduce, name, kind = i in reductions(length), f"cell_{i}", types[i]
-                compute = partial(unrolled_cell, apart=ways[kind] == "one_by_one")
-                if ways[kind] == "scan":
-                    compute = partial(scanned_cell, sampled=sampled)
+                compute = {
+                    "scan": partial(scanned_cell, sampled=sampled),
+                    "side_by_side": unrolled_cell,
+                    "one_by_one": partial(unrolled_cell, apart=True),
+                }[ways[kind]]
                 block, given = params[name], stats[name]
                 first, moments_0 = preprocess(block["preprocess_0"], given["preprocess_0"], s0, train)
                 second, moments_1 = preprocess(block["preprocess_1"], given["preprocess_1"], s1, train)

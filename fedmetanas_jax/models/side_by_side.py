@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fedmetanas_jax import tree
 from fedmetanas_jax.core import Array, Tree
 from fedmetanas_jax.models import batchnorm, layers, operations
 from fedmetanas_jax.models.operations import Op
@@ -61,7 +62,7 @@ def unrolled_cell(
 ) -> tuple[Array, Tree]:  # fmt: skip
     """As `scan.scanned_cell`: inputs [2, C, H, W, N] -> ([nodes, C, H', W', N], moments of its batch norms).
 
-    apart: operations with weights are computed one after another, not those of a family as rows of one array.
+    apart: operations with weights are computed edge by edge, not those of a family as rows of one array.
     """
     stride, nodes = (lambda i: 2 if reduce and i < 2 else 1), num_nodes(plan)
     found = sources(darts_graph(nodes), plan, lambda op, i: bool(op_shapes(op, 2, stride(i))))
@@ -78,7 +79,7 @@ def _visit(
     source: Source, stride: int, apart: bool, x: Array, weights: Tree, known: Tree | None, mix: Array
 ) -> tuple[Array, Tree]:
     """As `sources.visit_all` has it."""
-    total, moments, train = 0.0, {}, known is None
+    total, moments = 0.0, {}
     if source.shared:
         ops = tuple(Op(OPS.index(op), True) for op in source.shared)
         total, seen = operations.weightless(ops, stride, x, known, mix, np.ones(len(OPS), bool))
@@ -86,21 +87,33 @@ def _visit(
             count = len(source.on[op])
             moments[op] = jax.tree.map(lambda m, count=count: jnp.broadcast_to(m, (count, *m.shape)), found)
     relu_x = lax.optimization_barrier(jax.nn.relu(x))
+    if apart and source.own:
+        y, seen = _apart(source, stride, relu_x, weights, known, mix)
+        return total + y, moments | seen
     for family in FAMILIES:
         ops = [op for op in family if op in source.own]
-        if ops and not apart:
+        if ops:
             y, seen = _family(source, stride, ops, relu_x, weights, known, mix)
             total, moments = total + y, moments | seen
-        for op in ops if apart else ():
-            rows = []
-            for n, place in enumerate(source.on[op]):
-                own, given = jax.tree.map(lambda x, n=n: x[n : n + 1], (weights[op], None if train else known[op]))
-                alone = source._replace(on={op: [place]})
-                y, seen = _family(alone, stride, [op], relu_x, {op: own}, None if train else {op: given}, mix)
-                total = total + y
-                rows.append(seen[op])
-            moments[op] = jax.tree.map(lambda *m: jnp.concatenate(m), *rows)
     return total, moments
+
+
+def _apart(source: Source, stride: int, relu_x: Array, weights: Tree, known: Tree | None, mix: Array):
+    """What operations with weights add, one edge after another, and the moments they found."""
+    rows, found = [], {op: [] for op in source.own}
+    for n in range(len(source.edges)):
+        here = {op: source.on[op].index(n) for op in source.own if n in source.on[op]}
+        own, given = (part and {op: tree.take(part[op], row) for op, row in here.items()} for part in (weights, known))
+        ops = tuple(Op(OPS.index(op), True) for op in here)
+        y, seen = operations.weighted(ops, stride, relu_x, own, given, mix[n], np.ones(len(OPS), bool))
+        rows.append(y)
+        for op in here:
+            found[op].append(seen[op])
+    nothing = jnp.zeros_like(next(y for y in rows if y is not None))
+    return (
+        jnp.stack([nothing if y is None else y for y in rows]),
+        {op: jax.tree.map(lambda *m: jnp.stack(m), *moments) for op, moments in found.items()},
+    )
 
 
 def _family(source: Source, first_stride: int, ops: list[str], relu_x: Array, weights: Tree, known: Tree | None, mix):
