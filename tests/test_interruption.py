@@ -1,7 +1,7 @@
 """A run that is killed, stopped, damaged or poisoned, through the command line and with real signals.
 
 The runs are of the smallest search there is: one cell of one node. Their programs are compiled once and come
-from the compilation cache afterwards. FEDMETANAS_TEST_KILLS=20 kills that often in place of five times.
+from the compilation cache afterwards. FEDMETANAS_TEST_KILLS=20 kills that often in place of three times.
 """
 
 import json
@@ -23,7 +23,7 @@ TINY = {
     "epochs": 1, "checkpoint_every": 2, "eval_every": 4, "batch": 8, "block": 2, "at_once": 1,
     "options.prune_from": 0.3, "options.prune_until": 0.5, "options.prune_events": 2, "options.prune_tolerance": "none",
 }  # fmt: skip
-KILLS = int(os.environ.get("FEDMETANAS_TEST_KILLS", "5"))  # two of them inside an event
+KILLS = int(os.environ.get("FEDMETANAS_TEST_KILLS", "3"))  # two of them inside an event
 INSIDE = """
 import os, runpy, signal, sys
 from fedmetanas_jax.engine import measure
