@@ -48,7 +48,7 @@ DIGITS = {method: {"lr": 0.6 if method == "fedrep" else 0.3} for method in FIXED
     "fedpnas": {"lr": 0.1} | TRAVEL["fedpnas"],
     "metafedpnas": {"lr": 0.2},
     "perfedrlnas": {"lr": 0.2},
-    "metaperfedrlnas": {"lr": 0.2},
+    "metaperfedrlnas": {"lr": 0.4},
 }
 
 SCALES = {
