@@ -92,9 +92,7 @@ SCALES = {
         "points, and random networks do as well as those that are searched for (docs/results.md): it does not rank "
         "searches.",
         seeds=(1, 2, 3, 4, 5),
-        # Nothing is compiled after pruning: a search's last program is another one for each seed, and takes longer to
-        # compile than it spares here.
-        base=dataclasses.replace(TASKS["digits_dir01"](), rounds=40, epochs=2, at_once=1, compile_ahead=40),
+        base=dataclasses.replace(TASKS["digits_dir01"](), rounds=40, epochs=2, at_once=1),
         datasets={},
         methods=DIGITS,
         stands_for={"cifar10": "digits"},
