@@ -14,7 +14,7 @@ from fedmetanas_jax import build, local
 from fedmetanas_jax.algorithms.averaging import averaging
 from fedmetanas_jax.algorithms.fedavg import fedavg
 from fedmetanas_jax.algorithms.fednas import alpha_gradient, fednas, weight_gradient
-from fedmetanas_jax.config import Config
+from fedmetanas_jax.config import MOST_CELLS, MOST_WIDTH, Config
 from fedmetanas_jax.core import Alpha, Graph, Model, SearchSpace, Setting, Supernet
 from fedmetanas_jax.engine import report
 from fedmetanas_jax.engine.mesh import clients_mesh
@@ -259,7 +259,9 @@ def test_two_inputs_a_node_are_kept_and_the_network_has_its_own_size():
         (8, {"lambda_train": -1.0}, "lambda_train is -1.0"),
         (8, {"alpha_lr": -1.0}, "alpha_lr is -1.0"),
         (8, {"search": 1.0, "retrain_width": 8}, "search is 1, which leaves nothing to train"),
-        (8, {"retrain_cells": 0}, "length of the network to train from scratch is 0"),
+        (8, {"retrain_cells": 0}, "retrain_cells, .* is 0; it must be 1 to 1000"),
+        (8, {"retrain_cells": 2**31 - 1}, f"retrain_cells, .* must be 1 to {MOST_CELLS}"),
+        (8, {"retrain_width": 2**20}, f"retrain_width, .* must be 1 to {MOST_WIDTH}"),
         (1, {}, "of 1 rounds the search takes 0"),
         (8, {"search": 0.99}, "of 8 rounds the search takes 8"),
     ],

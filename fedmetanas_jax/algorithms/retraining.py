@@ -5,6 +5,8 @@ from collections.abc import Callable
 from fedmetanas_jax.algorithms.fedavg import fedavg
 from fedmetanas_jax.core import Algorithm, Phase, Plan, SearchSpace, Setting
 
+MOST = {"width": 65_536, "cells": 1_000}  # as of a task's network in config.py, which says why
+
 
 def retrain(
     space: SearchSpace,
@@ -33,11 +35,13 @@ def retrain(
             f"of {setting.rounds} rounds the search takes {start} and training from scratch the rest; both must be at "
             "least 1"
         )
-    size = {name: value for name, value in (("width", width), ("length", cells)) if value is not None}
-    if wrong := [name for name, value in size.items() if value < 1]:
+    size = {name: value for name, value in (("width", width), ("cells", cells)) if value is not None}
+    if wrong := [name for name, value in size.items() if not 1 <= value <= MOST[name]]:
         raise ValueError(
-            f"the {wrong[0]} of the network to train from scratch is {size[wrong[0]]}; it must be positive"
+            f"retrain_{wrong[0]}, of the network to train from scratch, is {size[wrong[0]]}; it must be 1 to "
+            f"{MOST[wrong[0]]}"
         )
+    size = {"length" if name == "cells" else name: value for name, value in size.items()}
     sized, rest = space.resized(**size), setting._replace(rounds=setting.rounds - start)
 
     def make(plan: Plan) -> Algorithm:
