@@ -1,7 +1,7 @@
 """What all tests share: four virtual CPU devices, quick compiling, and a compilation cache.
 
 Test time is compile time. LLVM's optimisations cost more here than they save, so they are off; that changes
-no law that is tested. XLA's kernels for fusions cost as much again, and JAX 0.10 has simpler ones, which take half the
+no law that is tested. JAX 0.10 has simpler kernels for fusions than those of its default, which compile in half the
 time. With these a computation may be rounded differently in another program; the files in EXACT, whose laws are about
 that, have the kernels that users have. The cache outlives the run (JAX_COMPILATION_CACHE_DIR says where), so a second
 run is several times faster than the first.
@@ -28,10 +28,10 @@ LONG = (
     "test_fednas.py",
 )  # fmt: skip
 
-# A client's reply by a program of its own is compared, bit for bit, with the same reply in a program of a whole round.
+# Bits of different programs are compared: of a reply alone and in a round, of other devices, processes or places.
 EXACT = (
-    "test_contract.py", "test_deploy.py", "test_deploy_secure.py", "test_deploy_sums.py", "test_fedrlnas.py",
-    "test_flower_app.py",
+    "test_architecture.py", "test_contract.py", "test_deploy.py", "test_deploy_secure.py", "test_fedrlnas.py",
+    "test_flower_app.py", "test_hosts.py", "test_round.py",
 )  # fmt: skip
 EMITTERS = "xla_cpu_use_fusion_emitters"  # jaxlib 0.11 has them alone, and refuses the flag
 HAS_A_CHOICE = tuple(map(int, metadata.version("jaxlib").split(".")[:2])) < (0, 11)
