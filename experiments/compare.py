@@ -19,7 +19,7 @@ import json
 import shlex
 import sys
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -80,32 +80,84 @@ def compare(argv: list[str], asked: Parsed) -> None:
             raise UsageError(f"--options: {option!r} is not METHOD.NAME=VALUE of one of --methods")
         argvs[method].append(f"--config.options.{assignment}")
     configs = {method: parse(line, OWN).config for method, line in argvs.items()}
-    per_round = {}
+    rounds = {method: configs[method].rounds for method in methods}
+    row: dict[str, dict] = {method: {"method": method, "config": to_dict(configs[method])} for method in methods}
+    ran = Runs(argvs, asked)
     if equal == "image_gradients":
-        per_round = {method: image_gradients(config, asked.data_dir) for method, config in configs.items()}
-    table: list[dict] = []
-    for method in methods:
-        whole = rounds = configs[method].rounds
-
-        def result(rate: float, seed: int, rounds: int, method=method) -> dict:
-            return one_run(argvs[method], {"lr": rate, "seed": seed, "rounds": rounds})
-
-        if per_round:
-            rounds = max(1, round(whole * per_round["fedavg"] / per_round[method]))
-        elif equal == "macs":
-            macs = result(rates[0], tune_seed, whole)["macs"]
-            rounds = max(1, round(whole * (table[0]["macs"] if table else macs) / macs))
-        tried = {rate: result(rate, tune_seed, rounds) for rate in rates if len(rates) > 1}
-        tuning = {rate: found["local_accuracy_adapted"]["mean"] for rate, found in tried.items()}
-        best = max(tuning, key=tuning.get, default=rates[0])
-        row = {"method": method, "config": to_dict(configs[method]), "lr": best, "rounds": rounds, "tuning": tuning}
-        row |= {"macs": macs} if equal == "macs" else {}
-        table.append(row | {"runs": {seed: result(best, seed, rounds) for seed in seeds}})
-        command_line = shlex.join(["python", *argv])
-        figures = {"command": command_line, "versions": versions(), "equal": equal, "methods": table}
-        write_json(f"{out}.json", figures)
-        write_text(f"{out}.md", markdown(figures))
+        cost = {method: image_gradients(config, asked.data_dir) for method, config in configs.items()}
+        rounds = {method: max(1, round(rounds[method] * cost["fedavg"] / cost[method])) for method in methods}
+    elif equal == "macs":
+        ran.work([Ask(method, rates[0], tune_seed, rounds[method]) for method in methods])
+        cost = {method: ran.result(Ask(method, rates[0], tune_seed, rounds[method]))["macs"] for method in methods}
+        for method in methods:
+            rounds[method] = max(1, round(rounds[method] * cost[methods[0]] / cost[method]))
+            row[method]["macs"] = cost[method]
+    grids = {m: [Ask(m, rate, tune_seed, rounds[m]) for rate in rates if len(rates) > 1] for m in methods}
+    ran.work([ask for grid in grids.values() for ask in grid])
+    best = {}
+    for method, grid in grids.items():
+        tuning = {ask.lr: ran.result(ask)["local_accuracy_adapted"]["mean"] for ask in grid}
+        best[method] = max(tuning, key=tuning.get, default=rates[0])
+        row[method] |= {"lr": best[method], "rounds": rounds[method], "tuning": tuning}
+    measured = {m: [Ask(m, best[m], seed, rounds[m]) for seed in seeds] for m in methods}
+    ran.work([ask for asks in measured.values() for ask in asks])
+    for method, asks in measured.items():
+        row[method]["runs"] = {ask.seed: ran.result(ask) for ask in asks}
+    command_line = shlex.join(["python", *argv])
+    figures = {"command": command_line, "versions": versions(), "equal": equal, "methods": list(row.values())}
+    write_json(f"{out}.json", figures)
+    write_text(f"{out}.md", markdown(figures))
     print(markdown(figures))
+
+
+class Ask(NamedTuple):
+    """A run of a method."""
+
+    method: str
+    lr: float
+    seed: int
+    rounds: int
+
+
+class Runs:
+    """The runs of a comparison: those of a study, which other processes may work at, too."""
+
+    def __init__(self, argvs: dict[str, list[str]], asked: Parsed):
+        """`argvs`: {method: the command line of all its runs}."""
+        from study.worker import Study
+
+        self._argvs, self._data_dir, self._study = argvs, asked.data_dir, Study(asked.workdir)
+
+    def work(self, wanted: list[Ask]) -> None:
+        """Has them all finished: begun, resumed or left as they are. A run that fails does not stop the others;
+        WorkdirError names the first, in the end."""
+        from study import worker
+
+        from fedmetanas_jax.engine.records import WorkdirError
+
+        runs = [self._run(ask) for ask in wanted]
+        for run in runs:
+            self._study.forgive(run)
+        worker.work(self._study, runs, self._data_dir, partial(print, flush=True))
+        for run in runs:
+            if failed := self._study.failure(run):
+                raise WorkdirError(f"{run.name}: {failed['error']}")
+
+    def result(self, ask: Ask) -> dict:
+        """The result.json of a finished run, with its "largest_drop" if it pruned: the most server accuracy that
+        this cost at any moment."""
+        run = self._run(ask)
+        drop = self._study.finished(run)["figures"]["largest_drop"]
+        found = json.loads((self._study.workdir(run) / "result.json").read_text())
+        return found | ({} if drop is None else {"largest_drop": drop})
+
+    def _run(self, ask: Ask):
+        from study import plan
+
+        fields = {"lr": ask.lr, "seed": ask.seed, "rounds": ask.rounds}
+        line = [*self._argvs[ask.method], *(f"--config.{name}={value}" for name, value in fields.items())]
+        asked = parse(line, OWN)
+        return plan.Run(plan.name_of(ask.method, asked.task, asked.config), ask.method, asked.task, asked.config)
 
 
 def image_gradients(config: Config, data_dir: str | None) -> float:
@@ -115,27 +167,6 @@ def image_gradients(config: Config, data_dir: str | None) -> float:
     from fedmetanas_jax import build
 
     return expect.image_gradients(config, *build.without_a_run(config, data_dir))
-
-
-def one_run(argv: list[str], fields: dict) -> dict:
-    """The result.json of the run with these fields, with its "largest_drop" if it pruned: the most server accuracy
-    that this cost at any moment. It is begun, resumed or, if it is finished, read; `argv` says the method."""
-    from study import plan, worker
-
-    from fedmetanas_jax.engine.records import WorkdirError
-
-    asked = parse([*argv, *(f"--config.{name}={value}" for name, value in fields.items())], OWN)
-    study, method = worker.Study(asked.workdir), asked.config.method
-    run = plan.Run(plan.name_of(method, asked.task, asked.config), method, asked.task, asked.config)
-    study.forgive(run)
-    worker.work(study, [run], asked.data_dir, partial(print, flush=True))
-    if failed := study.failure(run):
-        raise WorkdirError(failed["error"])
-    result, drop = (
-        json.loads((study.workdir(run) / "result.json").read_text()),
-        study.finished(run)["figures"]["largest_drop"],
-    )
-    return result | ({} if drop is None else {"largest_drop": drop})
 
 
 # Of a run's result: the column's head, the figure's place, and whether its spread over seeds is shown.

@@ -98,9 +98,9 @@ def test_runs_are_those_of_a_study(tmp_path, monkeypatch, capsys):
     line += ["--config.rounds=3", f"--workdir={tmp_path / 'study'}", f"--out={tmp_path / 'out'}"]
     monkeypatch.setattr(compare, "markdown", lambda figures: "the table")
     assert compare.main(line) == 0
-    # Both rates do equally well, so the first is taken.
-    wanted = ((0.1, 0), (0.2, 0), (0.1, 1), (0.1, 2))
-    assert ran == [(name, *run) for name in ("fedavg", "fedrep") for run in wanted]
+    # All grids, then all that is measured: processes share a stage. Both rates do equally well: the first is taken.
+    grid, measured = ((0.1, 0), (0.2, 0)), ((0.1, 1), (0.1, 2))
+    assert ran == [(name, *run) for runs in (grid, measured) for name in ("fedavg", "fedrep") for run in runs]
     rows = json.loads((tmp_path / "out.json").read_text())["methods"]
     assert [row["runs"]["2"]["server_accuracy"] for row in rows] == pytest.approx([0.523, 0.623])
     assert compare.main(line) == 0
