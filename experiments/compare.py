@@ -203,17 +203,50 @@ def markdown(figures: dict) -> str:
     facts = f"Always a client's most frequent class: {100 * majority:.1f} % local accuracy. "
     facts += f"Equal for all: {figures['equal'].replace('_', '-')}. Seconds are those in rounds, without compiling. "
     facts += "{device} x {devices}, {cpus} CPUs, jax {jax}.".format_map(figures["versions"])
-    return "\n".join([*lines, "", facts, "", f"`{figures['command']}`", ""])
+    return "\n".join([*lines, "", facts, "", *_differences(figures), f"`{figures['command']}`", ""])
+
+
+def _differences(figures: dict) -> list[str]:
+    """What the first method has more than each other one, seeds paired (study.statistics); no line of a single one."""
+    from study.statistics import paired
+
+    first, *others = figures["methods"]
+    if not others:
+        return []
+    lines = [f"`{first['method']}` less the others, in points, seeds paired; in brackets 95 % of bootstrap resamples:"]
+    lines += ["", "| less | server | local, own network |", "|" + "---|" * 3]
+    for other in others:
+        cells = [other["method"]]
+        for place in ("server_accuracy", "local_accuracy_adapted.mean"):
+            mine, theirs = (_by_seed(row["runs"], place.split(".")) for row in (first, other))
+            found = paired(mine, theirs)
+            cells.append("-" if found is None else _said(found))
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _by_seed(runs: dict, place: list[str]) -> dict[int, float]:
+    """{seed: percent}, of the runs that have the figure."""
+    found = {}
+    for seed, value in runs.items():
+        for name in place:
+            value = None if value is None else value.get(name)
+        if value is not None:
+            found[int(seed)] = 100 * value
+    return found
+
+
+def _said(found: dict) -> str:
+    between = "" if found["low"] is None else f" ({found['low']:+.1f} to {found['high']:+.1f})"
+    return f"{found['mean']:+.1f}{between}, {found['verdict']}"
 
 
 def _percent(runs: list[dict], place: list[str], spread: bool) -> str:
-    values = list(runs)
-    for name in place:
-        values = [None if value is None else value.get(name) for value in values]
-    if None in values:
+    values = list(_by_seed(dict(enumerate(runs)), place).values())
+    if len(values) < len(runs):
         return "-"
-    std = 100 * np.std(values, ddof=1 if len(values) > 1 else 0)
-    return f"{100 * np.mean(values):.1f}" + (f" +- {std:.1f}" if spread else "")
+    std = np.std(values, ddof=1 if len(values) > 1 else 0)
+    return f"{np.mean(values):.1f}" + (f" +- {std:.1f}" if spread else "")
 
 
 if __name__ == "__main__":

@@ -86,6 +86,21 @@ def test_a_figure_that_does_not_exist_is_a_dash():
     assert cells[3:6] == ["-", "-", "80.0 +- 0.0"]
 
 
+def test_differences_are_those_of_the_first_method_with_seeds_paired():
+    def row(name: str, *runs: tuple) -> dict:
+        return {"method": name, "lr": 0.1, "rounds": 30, "runs": {n: result(*run) for n, run in enumerate(runs)}}
+
+    methods = [row("mine", (0.6, 0.5, 0.8), (0.7, 0.5, 0.9)), row("other", (0.5, 0.5, 0.8), (0.5, 0.5, 0.9))]
+    methods.append(row("personal", (None, None, 0.7)))
+    about = {"device": "cpu", "devices": 1, "cpus": 2, "jax": "0"}
+    text = compare.markdown({"command": "python", "equal": "macs", "versions": about, "methods": methods})
+    assert "`mine` less the others" in text
+    # 60 - 50 and 70 - 50; resamples of two differences lie between them. One seed in common has no interval.
+    assert "| other | +15.0 (+10.0 to +20.0), too few seeds | +0.0 (+0.0 to +0.0), too few seeds |" in text
+    assert "| personal | - | +10.0, too few seeds |" in text
+    assert "less the others" not in "\n".join(table(result(0.6, 0.7, 0.8)))
+
+
 def test_runs_are_those_of_a_study(tmp_path, monkeypatch, capsys):
     ran = []
 

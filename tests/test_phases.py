@@ -10,6 +10,7 @@ import toy
 
 from fedmetanas_jax.build import one_phase
 from fedmetanas_jax.core import Array, Phase, Tree
+from fedmetanas_jax.engine import worth
 from fedmetanas_jax.engine.mesh import clients_mesh
 from fedmetanas_jax.engine.round import cohort, stream_key
 
@@ -126,6 +127,39 @@ def test_an_event_that_was_put_off_ends_in_its_smaller_program(tmp_path, ahead):
         assert outcome.plan == "small"
         small = [line["macs"] == 3 * line["image_gradients"] for line in lines]
         assert small == [False] * (4 + ahead) + [True] * (3 - ahead)
+
+
+SHRINKING = {2: 9, 4: 8, 6: 5, 8: 4, 10: 1}  # multiply-adds of an image from an event on, of 10
+
+
+@pytest.mark.parametrize(
+    ("price", "by_round"),
+    [
+        (200, [10] * 4 + [8] * 4 + [4] * 2 + [1] * 2),
+        (360, [10] * 6 + [5] * 4 + [1] * 2),
+        (1000, [10] * 8 + [4] * 2 + [1] * 2),
+        (1500, [10] * 10 + [1] * 2),
+    ],
+)
+def test_a_smaller_program_is_entered_once_as_much_was_done_in_vain_as_it_costs(monkeypatch, tmp_path, price, by_round):
+    """A round takes 120 times the multiply-adds of an image. In vain are 0, 240, 720 and 1920 of them at the events
+    before rounds 3, 5, 7 and 9 as long as the first program runs; the program of 8, entered at 240, has done 720 in
+    vain before round 9. At 1920 the two rounds before the last event would spare 1440, too little for 1500. The last
+    event's program serves for the rest of the run, whatever it costs."""
+    monkeypatch.setattr(worth, "COMPILING", {"cpu": price})
+
+    def make(plan):
+        return toy.ALGORITHM._replace(macs=plan)
+
+    def event(start: int, macs: int) -> Phase:
+        return Phase(start, lambda server, plan, key: (plan, server), make, "prune", None, lambda *_: (macs, _[0]))
+
+    phases = [Phase(0, lambda server, plan, key: (10, server), make), *(event(*x) for x in SHRINKING.items())]
+    for name, stops in (("whole", (None,)), ("broken off", (5, 2, 1, None))):
+        said: list = []
+        for stop_after in stops:
+            toy.run(phases, DATA, tmp_path / name, said, rounds=12, stop_after=stop_after)
+        assert [line["macs"] / (3 * line["image_gradients"]) for line in records(said)] == by_round
 
 
 def test_an_event_that_would_cost_too_much_is_put_off_and_the_next_comes_in_its_place(tmp_path):

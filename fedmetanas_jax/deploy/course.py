@@ -81,7 +81,7 @@ class DeployedCourse(Course):
                     connection.send("taken", round=round)
                 else:
                     connection.send("refused", round=round, reason="the aggregate left it out")
-        self.macs_a_round = line["macs"]
+        self.worth.add([line])
         return [line]
 
     def evaluate(self, line: dict) -> None:

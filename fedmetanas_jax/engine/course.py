@@ -18,13 +18,9 @@ from fedmetanas_jax.engine.checkpoint import Checkpoints
 from fedmetanas_jax.engine.mesh import put_data
 from fedmetanas_jax.engine.programs import Conduct, Programs
 from fedmetanas_jax.engine.round import cohort, everyones, init_state, state_shapes, stream_key
+from fedmetanas_jax.engine.worth import Worth
 
-# Multiply-adds that a smaller program must spare to be compiled: about what is done in the time that compiling takes,
-# 25 s at 8 G a second on two CPU cores (measured), a minute at 8 T a second elsewhere (not measured). A count and no
-# time, so that a resumed run decides as an unbroken one.
-COMPILING = {"cpu": 2e11}
-COMPILING_ELSEWHERE = 5e14
-SAVED = ("phase", "plan", "at_once", "entered", "put_off", "macs_a_round")  # of a Course, beside its state
+SAVED = ("phase", "plan", "at_once", "entered", "put_off")  # of a Course, beside its state and what a program costs
 
 
 class Course:
@@ -46,7 +42,7 @@ class Course:
         self._ahead = Ahead()
         self.at_once = None  # as chosen for this phase before the run was broken off: another choice, other bits
         self.entered = 0  # the round before which the phase was entered: its start, unless it was put off
-        self.macs_a_round = 0.0  # of the last round
+        self.worth = Worth()
         self.put_off = None  # the round of the next try at a last phase that was put off
         self.lost = 0  # replies that were left out so far for not being finite
         self.records: str | None = None  # digest of the records up to the checkpoint that was restored
@@ -68,6 +64,7 @@ class Course:
             _, meta, state = restored
             for name in SAVED:
                 setattr(self, name, meta[name])
+            self.worth.restore(meta)
             self.records = meta.get("records")
             self._place_owns(self._algorithm_of(self.phase, self.plan), say)
             say(f"resuming after round {int(state.round)} of {self.conduct.rounds}")
@@ -91,7 +88,7 @@ class Course:
         self.lost = report.check_finite(metrics, start, stop, saved, self.lost, allowed)
         self.done = stop
         lines = report.lines(metrics, start, stop, seconds, self.phase, self.algorithm)
-        self.macs_a_round = lines[-1]["macs"]
+        self.worth.add(lines)
         if self.account is not None:
             self.account.add([line["noised_parts"] for line in lines])
         return lines
@@ -117,6 +114,7 @@ class Course:
         """
         if self.done != self._due():
             return self._move_on(line, say)
+        self._settle()
         phase, key = self.phases[self.phase + 1], self._phase_key(self.phase + 1)
         if phase.ends:
             line |= measure.ended(self.programs, self.state, phase.ends, line)
@@ -168,7 +166,7 @@ class Course:
         saved = self.checkpoints.candidates()
         if self.done not in saved:
             report.check_server(self.state.server, self.done, saved)
-            meta = {name: getattr(self, name) for name in SAVED}
+            meta = {name: getattr(self, name) for name in SAVED} | self.worth.saved()
             meta |= {"at_once": self.programs.at_once, "run": self.run, "records": records}
             owns = jax.tree.map(lambda x: x[: self.conduct.clients], hosts.gathered(self.state.owns))
             self.checkpoints.save(self.done, self.state._replace(owns=owns), meta)
@@ -196,14 +194,20 @@ class Course:
         self._enter(server, line, say)
         return seconds
 
+    def _settle(self) -> None:
+        """Before an event: counts what a smaller program would have spared since the last one."""
+        smaller = self.phases[self.phase].smaller
+        self.worth.settle(0.0 if smaller is None else self._spared(smaller(self.state.server, self.plan)[0]))
+
+    def _spared(self, plan) -> float:
+        """The share of the multiply-adds that a program of this plan spares."""
+        return 1 - self._algorithm_of(self.phase, plan).macs / self.algorithm.macs
+
     def _pays(self, plan) -> bool:
-        """Whether a program of this plan is worth compiling: it serves for the rest of the run, or spares enough until
-        the last event."""
-        if self.phase + 1 == len(self.phases):
-            return True
-        spared = 1 - self._algorithm_of(self.phase, plan).macs / self.algorithm.macs
-        worth = COMPILING.get(jax.default_backend(), COMPILING_ELSEWHERE)
-        return spared * self.macs_a_round * (self.phases[-1].start - self.done) >= worth
+        """Whether a program of this plan is worth compiling: it serves for the rest of the run, or until the last event
+        spares enough."""
+        last = self.phase + 1 == len(self.phases)
+        return last or self.worth.pays(self._spared(plan), self.phases[-1].start - self.done)
 
     def _smaller_from(self) -> int | None:
         """The round before which the phase's smaller program is entered; None where it is not."""
@@ -218,6 +222,7 @@ class Course:
         algorithm = self._algorithm_of(self.phase, self.plan)
         if algorithm is self.algorithm:
             return
+        self.worth.begin()
         wanted = jax.eval_shape(algorithm.init, jax.random.key(0))[1]
         if tree.form(wanted) != tree.form(jax.eval_shape(lambda x: tree.take(x, 0), self.state.owns)):
             self._place_owns(algorithm, say)
