@@ -87,8 +87,9 @@ def compare(argv: list[str], asked: Parsed) -> None:
         cost = {method: image_gradients(config, asked.data_dir) for method, config in configs.items()}
         rounds = {method: max(1, round(rounds[method] * cost["fedavg"] / cost[method])) for method in methods}
     elif equal == "macs":
-        ran.work([Ask(method, rates[0], tune_seed, rounds[method]) for method in methods])
-        cost = {method: ran.result(Ask(method, rates[0], tune_seed, rounds[method]))["macs"] for method in methods}
+        whole = {method: Ask(method, rates[0], tune_seed, rounds[method]) for method in methods}
+        ran.work([*whole.values()])
+        cost = {method: ran.result(ask)["macs"] for method, ask in whole.items()}
         for method in methods:
             rounds[method] = max(1, round(rounds[method] * cost[methods[0]] / cost[method]))
             row[method]["macs"] = cost[method]

@@ -152,7 +152,10 @@ def test_a_smaller_program_is_entered_once_as_much_was_done_in_vain_as_it_costs(
         return toy.ALGORITHM._replace(macs=plan)
 
     def event(start: int, macs: int) -> Phase:
-        return Phase(start, lambda server, plan, key: (plan, server), make, "prune", None, lambda *_: (macs, _[0]))
+        def smaller(server, plan):
+            return macs, server
+
+        return Phase(start, lambda server, plan, key: (plan, server), make, "prune", None, smaller)
 
     phases = [Phase(0, lambda server, plan, key: (10, server), make), *(event(*x) for x in SHRINKING.items())]
     for name, stops in (("whole", (None,)), ("broken off", (5, 2, 1, None))):

@@ -9,7 +9,7 @@ multiply-adds and not in seconds, so that a resumed run decides as an unbroken o
 import jax
 
 # Multiply-adds that are done in the time that compiling a smaller program takes: 43 s, its evaluation included, at 15 G
-# a second on two CPU cores (cifar10_small); 106 s at 3.8 T a second on an H200 (the paper's size).
+# a second on two CPU cores (cifar10_small); 106 s, of the whole supernet's, at 3.8 T a second on an H200.
 COMPILING = {"cpu": 6e11}
 COMPILING_ELSEWHERE = 4e14
 
