@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from fedmetanas_jax.data.sources import DataError
+from fedmetanas_jax.data.dataset import DataError
 from fedmetanas_jax.options import UsageError, brief
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")

@@ -10,7 +10,7 @@ from fedmetanas_jax import network, tree
 from fedmetanas_jax.architecture import Architecture
 from fedmetanas_jax.config import Config
 from fedmetanas_jax.core import Algorithm, FederatedData, Net
-from fedmetanas_jax.data.sources import Dataset
+from fedmetanas_jax.data.dataset import Dataset
 from fedmetanas_jax.engine.evaluate import calibration_rows, recalibrate
 from fedmetanas_jax.engine.records import WorkdirError, versions
 from fedmetanas_jax.engine.run import Outcome

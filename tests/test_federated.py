@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 import numpy as np
 
+from fedmetanas_jax.data.dataset import Dataset
 from fedmetanas_jax.data.federated import federate
 from fedmetanas_jax.data.partition import Partition
-from fedmetanas_jax.data.sources import Dataset
 
 
 def test_rows_of_the_pool():

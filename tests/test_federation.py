@@ -9,9 +9,9 @@ import pytest
 from fedmetanas_jax import build
 from fedmetanas_jax.config import Config, may_change, to_dict, validate
 from fedmetanas_jax.data import manifest, sources
+from fedmetanas_jax.data.dataset import DataError, Dataset
 from fedmetanas_jax.data.natural import natural
 from fedmetanas_jax.data.partition import Partition
-from fedmetanas_jax.data.sources import DataError, Dataset
 from fedmetanas_jax.engine import identity
 from fedmetanas_jax.engine.checkpoint import CheckpointError
 from fedmetanas_jax.options import UsageError

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from fedmetanas_jax.data import sources
-from fedmetanas_jax.data.sources import DataError, Official
+from fedmetanas_jax.data.dataset import DataError, Official
 
 ROOT = Path(__file__).parents[1]
 

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedmetanas_jax.core import FederatedData
+from fedmetanas_jax.data.dataset import Dataset
 from fedmetanas_jax.data.partition import Partition
-from fedmetanas_jax.data.sources import Dataset
 
 
 def federate(dataset: Dataset, parts: Partition, least: tuple[int, int] = (0, 0)) -> FederatedData:

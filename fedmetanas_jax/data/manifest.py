@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fedmetanas_jax.data.dataset import DataError, Dataset
 from fedmetanas_jax.data.partition import Partition, histogram, label_distance, majority_accuracy
-from fedmetanas_jax.data.sources import DataError, Dataset
 from fedmetanas_jax.options import UsageError, brief, parse_path
 
 MOST = 2**30  # bytes of a file; 100 clients of 1,200 images have 700,000

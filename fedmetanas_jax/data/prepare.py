@@ -18,7 +18,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tensorflow_datasets.core.download import checksums, download_manager, downloader, resource
 
-from fedmetanas_jax.data.sources import DataError
+from fedmetanas_jax.data.dataset import DataError
 
 # Bytes and SHA-256 by the last part of an address, as in tensorflow-datasets' own lists. Those it consults for what it
 # fetches from these addresses, but it trusts what lies in its folder already.

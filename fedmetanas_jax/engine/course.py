@@ -18,6 +18,7 @@ from fedmetanas_jax.engine.checkpoint import Checkpoints
 from fedmetanas_jax.engine.mesh import put_data
 from fedmetanas_jax.engine.programs import Conduct, Programs
 from fedmetanas_jax.engine.round import cohort, everyones, init_state, state_shapes, stream_key
+from fedmetanas_jax.engine.shared_checkpoints import SharedCheckpoints
 from fedmetanas_jax.engine.worth import Worth
 
 SAVED = ("phase", "plan", "at_once", "entered", "put_off")  # of a Course, beside its state and what a program costs
@@ -32,7 +33,7 @@ class Course:
         data: FederatedData,
         conduct: Conduct,
         mesh: Mesh | None,
-        checkpoints: Checkpoints | hosts.Shared,
+        checkpoints: Checkpoints | SharedCheckpoints,
         run: dict,
     ):
         self.phases, self.conduct, self.mesh, self.checkpoints = phases, conduct, mesh, checkpoints

@@ -8,9 +8,7 @@ function here hands back what it is given.
 
 import json
 from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +16,6 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from fedmetanas_jax.core import Tree
-
-if TYPE_CHECKING:
-    from fedmetanas_jax.engine.checkpoint import Checkpoints
 
 SLICE = 1.0  # seconds of waiting after which is looked whether another process failed
 PIECE = 1 << 26  # bytes of a state that are told at once
@@ -164,51 +159,6 @@ def told(tree: Tree, like: Tree) -> Tree:
     return structure.unflatten(
         part.view(x.dtype).reshape(x.shape).copy() for x, part in zip(leaves, parts, strict=True)
     )
-
-
-class Shared:
-    """The first process's Checkpoints as those of all: it reads and writes, the others are told.
-
-    What it raises is raised there alone, and ends all.
-    """
-
-    def __init__(self, kept: "Checkpoints | None", directory: Path):
-        """`kept` is the first process's; None elsewhere."""
-        self.directory, self._kept = directory, kept
-
-    def candidates(self) -> list[int]:
-        """As `Checkpoints.candidates`."""
-        return agreed(self._kept.candidates() if leader() else None)
-
-    def save(self, step: int, state: Tree, meta: dict) -> None:
-        """As `Checkpoints.save`, of a state that this process can read; the others wait for it here, where they can
-        for as long as it takes."""
-        if leader():
-            self._kept.save(step, state, meta)
-        meet()
-
-    def restore_newest(
-        self, template: Callable[[dict], Tree], say: Callable[[str], None]
-    ) -> tuple[int, dict, Tree] | None:
-        """As `Checkpoints.restore_newest`, with numpy arrays alone; the template is made on all processes."""
-        found = meta = like = None
-        if leader():
-            found = self._kept.restore_newest(lambda meta: template(agreed(meta)), say)
-            agreed(None)
-        else:
-            while (more := agreed(None)) is not None:
-                meta, like = more, template(more)
-        step = agreed(found and found[0])
-        if step is None:
-            return None
-        if leader():
-            _, meta, like = found
-        return step, meta, told(like, like)
-
-    def close(self) -> None:
-        """As `Checkpoints.close`."""
-        if leader():
-            self._kept.close()
 
 
 def _turn(name: str) -> str:

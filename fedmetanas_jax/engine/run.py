@@ -19,6 +19,7 @@ from fedmetanas_jax.engine.course import Course
 from fedmetanas_jax.engine.interrupt import interruptible
 from fedmetanas_jax.engine.programs import Conduct
 from fedmetanas_jax.engine.progress import Progress
+from fedmetanas_jax.engine.shared_checkpoints import SharedCheckpoints
 from fedmetanas_jax.engine.sinks import NONE, Sinks
 
 
@@ -104,10 +105,10 @@ def run(
     return Outcome(course.algorithm, course.plan, hosts.here(course.state), summary)
 
 
-def _checkpoints(directory: Path) -> Checkpoints | hosts.Shared:
+def _checkpoints(directory: Path) -> Checkpoints | SharedCheckpoints:
     if not hosts.several():
         return Checkpoints(directory)
-    return hosts.Shared(Checkpoints(directory) if hosts.leader() else None, directory)
+    return SharedCheckpoints(Checkpoints(directory) if hosts.leader() else None, directory)
 
 
 def dropped(line: dict, noise: bool = False) -> str:
