@@ -88,6 +88,8 @@ class SearchSpace(NamedTuple):
     #   to it: the value of the operation that a number belongs to; `rest` for what belongs to none
     resized: Callable  # (**size) -> SearchSpace whose maker got these arguments instead
     size: dict = {}  # the arguments that it got that way
+    skips: bool = False  # whether a program made with sampled=True has conditionals that spare time: a supernet's on a
+    #   CPU, if clients are computed one after another
 
 
 class Mask(NamedTuple):
@@ -215,8 +217,9 @@ class Phase(NamedTuple):
     event: str = ""  # what entering it is called in the records
     tolerance: float | None = None  # accuracy on clients' training images that entering it may cost; where it would
     #   cost more it is put off: until the next phase or, of the last one, for a while. None: it is entered anyway
-    smaller: Callable | None = None  # (server, plan) -> (plan, server): the same function by the smallest program that
-    #   this server calls for. When the run moves there is the engine's affair
+    smaller: Callable | None = None  # server -> the plan of the smallest program that computes what this server calls
+    #   for. When the run moves there is the engine's affair; None: never
+    carry: Callable | None = None  # (server, plan, smaller plan) -> server: what that program keeps of it
     ends: str = ""  # what entering it brings to an end, "search", where its weights start anew: what came before is
     #   then measured in full a last time, and the run's result has it under this name. "": the weights go on
 

@@ -37,7 +37,8 @@ def plan_and_server(phase, server):
     """What the engine has after the phase's event and its smaller program."""
     plan, server = phase.enter(server, FULL, jax.random.key(0))
     assert plan == FULL  # the event itself changes the mask alone
-    return phase.smaller(server, plan)
+    after = phase.smaller(server)
+    return after, phase.carry(server, plan, after)
 
 
 def server_at(algorithm, round: int, alpha: Alpha | None = None):
@@ -154,6 +155,41 @@ def test_a_prune_event_enters_a_smaller_program_of_the_same_function(search):
     np.testing.assert_allclose(whole.metrics["loss"], part.metrics["loss"], rtol=1e-4)
     for x, y in zip(whole.change["alpha"], part.change["alpha"], strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=2e-4)
+
+
+def test_what_is_pruned_is_skipped_where_clients_are_computed_one_after_another(search):
+    """What is left learns and answers as if the rest were computed, and counts as the smaller program does, whatever
+    the pruned operations' weights are."""
+    algorithm, client_update = search
+    listed = phases("fedmetanas", apart=True, **PAPER)
+    skipping = listed[0].make(FULL)
+    server = server_at(algorithm, listed[1].start)
+    server = server._replace(alpha=clear_alpha(server))
+    plan, cut = plan_and_server(listed[1], server)
+    pruned = server._replace(mask=cut.mask)
+    alive = masks.live(GRAPH, cut.mask).op
+    here = skipping.space.spread(alive, FULL, server.params, True)
+    poisoned = pruned._replace(params=jax.tree.map(lambda x, m: jnp.where(m, x, jnp.nan), server.params, here))
+
+    images, key = DATA.image[DATA.central], client_key(SEED, jnp.int32(18), jnp.int32(2))
+    for model in ("global_model", "discrete_model"):
+        logits = [
+            jax.jit(a.forward, static_argnums=2)(getattr(a, model)(s), images, False)[0]
+            for a, s in ((algorithm, pruned), (skipping, poisoned))
+        ]
+        np.testing.assert_allclose(*logits, rtol=0, atol=1e-5)
+
+    update, examples = jax.jit(skipping.client_update), train_examples(DATA, 2)
+    whole, part = client_update(pruned, (), examples, key), update(poisoned, (), examples, key)
+    np.testing.assert_allclose(whole.metrics["loss"], part.metrics["loss"], rtol=1e-4)
+    for x, y in zip(whole.change["alpha"], part.change["alpha"], strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=2e-4)
+    for m, x, y in zip(*map(jax.tree.leaves, (here, whole.change["params"], part.change["params"])), strict=True):
+        np.testing.assert_allclose(jnp.where(m, x, 0), jnp.where(m, y, 0), rtol=0, atol=2e-4)
+
+    for sent, macs in ((poisoned, listed[1].make(plan).macs), (server, algorithm.macs)):
+        metrics = update(sent, (), examples, key).metrics
+        np.testing.assert_allclose(metrics["macs"], 3 * macs * metrics["image_gradients"], rtol=1e-6)
 
 
 def test_after_the_last_event_soft_and_discrete_are_one_network(search):

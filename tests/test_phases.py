@@ -100,6 +100,10 @@ def events(costs: list[str], tolerance: float = 0.05) -> list[Phase]:
     return [first, *(phase(2 + n, kind) for n, kind in enumerate(costs))]
 
 
+def keep(server, plan, smaller):
+    return server
+
+
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_an_event_that_was_put_off_ends_in_its_smaller_program(tmp_path, ahead):
     """Before round 4 the event would break the network; then it does not."""
@@ -108,14 +112,11 @@ def test_an_event_that_was_put_off_ends_in_its_smaller_program(tmp_path, ahead):
         broken = jax.tree.map(lambda x: -x, server.params)
         return plan, server._replace(params=broken if server.round < 4 else server.params)
 
-    def smaller(server, plan):
-        return "small", server
-
     def make(plan):
         return toy.ALGORITHM._replace(macs=1 if plan == "small" else 2)
 
     first = Phase(0, lambda server, plan, key: ("full", server), make)
-    phases = [first, Phase(2, enter, make, "prune", 0.05, smaller)]
+    phases = [first, Phase(2, enter, make, "prune", 0.05, lambda server: "small", keep)]
     for name, stops in (("whole", (None,)), ("broken off", (3, 1, None))):
         said: list = []
         for stop_after in stops:
@@ -152,10 +153,7 @@ def test_a_smaller_program_is_entered_once_as_much_was_done_in_vain_as_it_costs(
         return toy.ALGORITHM._replace(macs=plan)
 
     def event(start: int, macs: int) -> Phase:
-        def smaller(server, plan):
-            return macs, server
-
-        return Phase(start, lambda server, plan, key: (plan, server), make, "prune", None, smaller)
+        return Phase(start, lambda server, plan, key: (plan, server), make, "prune", None, lambda server: macs, keep)
 
     phases = [Phase(0, lambda server, plan, key: (10, server), make), *(event(*x) for x in SHRINKING.items())]
     for name, stops in (("whole", (None,)), ("broken off", (5, 2, 1, None))):

@@ -43,18 +43,21 @@ def federation(seed: int = 0) -> FederatedData:
     )
 
 
-def phases(name: str, setting: Setting = SETTING, nodes: int = 2, real: bool | None = None, **options) -> list[Phase]:
+def phases(
+    name: str, setting: Setting = SETTING, nodes: int = 2, real: bool | None = None, apart: bool = False, **options
+) -> list[Phase]:
     """The method's phases over a small network; 2 nodes are the fewest that have pairs to choose from.
 
     FedAvg stands for all that train a fixed network on a real one, a MobileNetV3; the others, which differ from it in
     what they do with gradients and parts, have small dense networks, which compile ten times faster. `real`: whether a
-    method that searches does it on a supernet of the DARTS space; None: only FedMetaNAS.
+    method that searches does it on a supernet of the DARTS space, `apart` for clients one after another; None: only
+    FedMetaNAS.
     """
     factory = ALGORITHMS[name]
     if searches(factory) and not (name == "fedmetanas" if real is None else real):
         network, setting = toy_space(classes=CLASSES), setting._replace(clip=5.0)
     elif searches(factory):
-        network, setting = darts_space(**SHAPE, width=4, length=1, nodes=nodes), setting._replace(clip=5.0)
+        network, setting = darts_space(**SHAPE, width=4, length=1, nodes=nodes, apart=apart), setting._replace(clip=5.0)
     elif name == "fedavg":
         network = mobilenetv3(**SHAPE, variant="tiny")
     else:

@@ -73,9 +73,10 @@ def searching(
     """
     graph = space.graph
     harden = discrete or (lambda server: relax.harden(graph, server.alpha, server.mask))
+    skips = sampled or (prune is not None and space.skips)
 
     def make(plan) -> Algorithm:
-        net = space.make(plan, sampled)
+        net = space.make(plan, skips)
 
         def drawn(operations, like):
             return space.spread(operations, plan, like, True)
@@ -89,7 +90,7 @@ def searching(
             def loss(variables, stats, batch, key):
                 weights = mix(sent, variables["alpha"], key)
                 logits, moments = net.apply(variables["params"], stats, batch.image, weights, True)
-                if sampled:  # what was not computed has no moments
+                if skips:  # what was not computed has no moments
                     moments = jax.tree.map(jnp.where, drawn(weights != 0, moments), moments, stats)
                 value = local.cross_entropy(logits, batch.label, batch.weight)
                 return value, (moments, local.accuracy(logits, batch.label, batch.weight))
@@ -114,6 +115,10 @@ def searching(
             variables, stats, metrics = train(gradient, optimizer, sent, data, key)
             if sampled:
                 metrics["macs"] *= 3 * metrics["image_gradients"]  # a backward pass costs about two forward passes
+            elif skips:
+                rest, each = sample.macs(space, plan)
+                here = masks.live(graph, sent.mask).op
+                metrics["macs"] = 3 * metrics["image_gradients"] * (rest + jnp.sum(each * here))
             learnt = variables | {"stats": stats}
             change = {part: tree.sub(learnt[part], getattr(sent, part)) for part in learnt}
             return Reply(change, jnp.sum(data.weight), own, (), metrics)
@@ -152,16 +157,18 @@ def searching(
             space=space,
         )
 
-    def smaller(server: Server, plan):
-        after = masks.plan_of(graph, server.mask)
+    def smaller(server: Server):
+        return masks.plan_of(graph, server.mask)
+
+    def carry(server: Server, plan, after):
         params, stats = (space.carry_over(x, plan, after) for x in (server.params, server.stats))
-        return after, server._replace(params=params, stats=stats)
+        return server._replace(params=params, stats=stats)
 
     def event(start: int, last: bool) -> Phase:
         def enter(server: Server, plan, key):
             return plan, server._replace(mask=prune(server, start, last))
 
-        return Phase(start, enter, make, "prune", tolerance, smaller)
+        return Phase(start, enter, make, "prune", tolerance, smaller, carry)
 
     first = Phase(0, lambda server, plan, key: (begin(key) if begin else masks.full_plan(graph), None), make)
     return [first, *(event(t, following is None) for t, following in pairwise([*events, None]))]

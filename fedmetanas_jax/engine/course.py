@@ -183,7 +183,7 @@ class Course:
         late = resumed and self.phase + 1 == len(self.phases)
         if due is None or not (self.done in (self.entered, due) or (resumed and self.done < due) or late):
             return 0.0
-        plan, server = phase.smaller(self.state.server, self.plan)
+        plan = phase.smaller(self.state.server)
         if json.dumps(plan) == json.dumps(self.plan) or not self._pays(plan):
             return 0.0
         if self.done < due:
@@ -191,14 +191,15 @@ class Course:
             self._ahead.compile(algorithm, self.conduct, self.data, self.mesh, self.hosted, due, say)
             return 0.0
         seconds = self.programs.spent_compiling()
-        self.plan = plan
+        server, self.plan = phase.carry(self.state.server, self.plan, plan), plan
         self._enter(server, line, say)
         return seconds
 
     def _settle(self) -> None:
-        """Before an event: counts what a smaller program would have spared since the last one."""
-        smaller = self.phases[self.phase].smaller
-        self.worth.settle(0.0 if smaller is None else self._spared(smaller(self.state.server, self.plan)[0]))
+        """Before an event: counts what a smaller program would have spared since the last one; nothing where the
+        present one skips what is pruned."""
+        smaller, skips = self.phases[self.phase].smaller, getattr(self.algorithm.space, "skips", False)
+        self.worth.settle(0.0 if smaller is None or skips else self._spared(smaller(self.state.server)))
 
     def _spared(self, plan) -> float:
         """The share of the multiply-adds that a program of this plan spares."""

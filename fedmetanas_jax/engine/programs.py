@@ -78,8 +78,6 @@ class Programs:
         if name not in self._compiled:
             self.say(f"compiling the {name} (kept in {jax.config.jax_compilation_cache_dir} for the next run) ...")
             start = time.perf_counter()
-            if name == "round":
-                self._begin(arguments[0])
             begun = self._begun.pop(name, None)
             self._compiled[name] = self._compile(name, *arguments) if begun is None else begun.result()
             hosts.meet()  # so that waiting for a slower process counts as compiling and not as the round
@@ -97,11 +95,13 @@ class Programs:
         self.seconds_ahead = time.perf_counter() - start
 
     def _begin(self, state: RoundState) -> None:
-        """Has what is needed later compiled in a thread."""
+        """Has what is needed later compiled in a thread: once the round is traced, since two threads that trace, which
+        is Python, would wait for one another."""
         state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+        there = self._compiled.keys() | self._begun.keys()
         for name in self._later:
             known = name != "adaptation" or self.at_once is not None  # the round has yet to find how many fit
-            if name not in self._compiled and known:
+            if known and name not in there:
                 given = self._to_come(name, told(state, self.mesh, self.hosted))
                 self._begun[name] = self._thread.submit(self._compile, name, *given)
 
@@ -129,7 +129,10 @@ class Programs:
     def _compile(self, name: str, *arguments):
         if name == "round" and self.at_once is None:
             return self._compile_as_many_as_fit(*arguments)
-        return self._made(name, self.at_once or 0).lower(*arguments).compile()
+        lowered = self._made(name, self.at_once or 0).lower(*arguments)
+        if name == "round":
+            self._begin(arguments[0])
+        return lowered.compile()
 
     def _made(self, name: str, at_once: int) -> Callable:
         conduct, common = self.conduct, {"at_once": at_once, "mesh": self.mesh}
@@ -150,7 +153,9 @@ class Programs:
         devices = 1 if self.mesh is None else self.mesh.size
         clients = at_once = -(-self.conduct.cohort // devices)
         while True:
-            compiled = self._made("round", at_once).lower(*arguments).compile()
+            lowered = self._made("round", at_once).lower(*arguments)
+            self._begin(arguments[0])
+            compiled = lowered.compile()
             needed, room = compiled.memory_analysis().temp_size_in_bytes, free_bytes()
             fits = room is None or needed <= room or at_once == 1
             fewer = at_once if fits else min(at_once - 1, max(1, int(at_once * room / needed)))

@@ -96,12 +96,15 @@ def darts_space(
     parts: tuple[int, ...] = (),
     dtype=jnp.float32,
     way: Way | None = None,
+    apart: bool = False,
 ) -> SearchSpace:
     """The search space (C = width, L = length) for images of `shape` (H, W, channels).
 
     Weights, moments, logits and the mix are float32; `dtype` is what the layers compute in. `way` changes time and
     memory alone; None: what suits JAX's default backend and the plan. Batch norms have no scale and shift, in
     derived networks neither, so weights found by a search fit them.
+
+    apart: whether programs compute one client after another, so that conditionals spare what they leave out.
 
     every_edge: nodes sum all their inputs (`plan.darts_graph`). parts: where the cells begin that have operations of
     their own (`plan.cell_types`).
@@ -144,9 +147,10 @@ def darts_space(
 
     resized = partial(
         darts_space, shape=shape, classes=classes, mean=mean, std=std, width=width, length=length, nodes=nodes,
-        every_edge=every_edge, parts=parts, dtype=dtype, way=way,
+        every_edge=every_edge, parts=parts, dtype=dtype, way=way, apart=apart,
     )  # fmt: skip
-    return search_space(darts_graph(nodes, names, every_edge), types, make, stacks, resized)
+    skips = apart and (way or suited(jax.default_backend(), [range(len(OPS))])) == "scan"
+    return search_space(darts_graph(nodes, names, every_edge), types, make, stacks, resized, skips)
 
 
 def _check_halvings(shape, length: int) -> None:

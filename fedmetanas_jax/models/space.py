@@ -65,11 +65,13 @@ def supernet(weights: dict, norms: dict, forward: Callable, mean, std, dtype) ->
     return Supernet(init, lambda params, stats, image, mix, train: apply(params, stats, image, train, mix), 0.1, macs)
 
 
-def search_space(graph: Graph, types: list[int], make: Callable, stacks: Callable, resized: Callable) -> SearchSpace:
+def search_space(
+    graph: Graph, types: list[int], make: Callable, stacks: Callable, resized: Callable, skips: bool = False
+) -> SearchSpace:
     """The space of make(plan of tuples, sampled) -> Supernet whose cells, named cell_0, ... are of these types.
 
     stacks(plan) says {cell: {operation: the edges that its weights and moments are stacked over}}; resized(**size) is
-    the maker of the space with its arguments.
+    the maker of the space with its arguments; skips: the space's.
     """
 
     def hashable(plan):
@@ -111,7 +113,7 @@ def search_space(graph: Graph, types: list[int], make: Callable, stacks: Callabl
     def make_any(plan, sampled=False):
         return make(hashable(plan), sampled)
 
-    return _resizable(SearchSpace(graph, len(types), make_any, carry_over, derive, spread, resized), {})
+    return _resizable(SearchSpace(graph, len(types), make_any, carry_over, derive, spread, resized, skips=skips), {})
 
 
 def _resizable(space: SearchSpace, size: dict) -> SearchSpace:

@@ -35,7 +35,7 @@ def prune(graph: Graph, alpha: Alpha, mask: Mask, temperature, threshold: float)
     weights, winner = relax.softmax(graph, alpha, mask, temperature), relax.best(graph, alpha, mask)
     op = mask.op & ((weights.op >= threshold) | winner.op)
     pair = mask.pair & ((weights.pair >= threshold) | winner.pair)
-    return _without_dead_edges(graph, Mask(op, pair))
+    return live(graph, Mask(op, pair))
 
 
 def thin(graph: Graph, alpha: Alpha, mask: Mask, temperature, *, ops: int, pairs: int, cap: float) -> Mask:
@@ -67,7 +67,7 @@ def _without_smallest(alive: np.ndarray, weight: np.ndarray, winner: np.ndarray,
 @partial(jax.jit, static_argnums=0)
 def terminal(graph: Graph, alpha: Alpha, mask: Mask) -> Mask:
     """One pair per node and one operation on each edge that stays: a discrete network."""
-    return _without_dead_edges(graph, relax.best(graph, alpha, mask))
+    return live(graph, relax.best(graph, alpha, mask))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -85,7 +85,7 @@ def sizes(graph: Graph) -> tuple[tuple[int, int], tuple[int, int]]:
 
 def plan_of(graph: Graph, mask: Mask) -> Plan:
     """The static description, fit for JSON, of a program that computes the live operations alone."""
-    op = _without_dead_edges(graph, mask).op.tolist()
+    op = live(graph, mask).op.tolist()
     return [[[k for k, on in enumerate(edge) if on] for edge in cell] for cell in op]
 
 
@@ -139,5 +139,6 @@ def entropy(graph: Graph, alpha: Alpha, mask: Mask) -> Array:
     return jnp.sum(share, where=undecided) / jnp.maximum(jnp.sum(undecided), 1)
 
 
-def _without_dead_edges(graph: Graph, mask: Mask) -> Mask:
+def live(graph: Graph, mask: Mask) -> Mask:
+    """The mask without the operations of edges that are in no surviving pair."""
     return Mask(mask.op & live_edges(graph, mask)[..., None], mask.pair)
