@@ -131,10 +131,12 @@ class Course:
                 return seconds + self._wait(phase, cost, line, say)
         self.phase, self.entered, self.plan, self.at_once, self.put_off = self.phase + 1, self.done, plan, None, None
         self._enter(server, line, say)
+        stalled = time.perf_counter() - clock
+        # By the program that is there, as a smaller one is yet to be compiled. Weights that start anew have none.
+        after = None if phase.ends else measure.server_accuracy(self.programs, self.state)
+        clock = time.perf_counter() - stalled
         seconds += self._move_on(line, say)
         line["event_stall_seconds"] = time.perf_counter() - clock  # beside the compiling that was not done ahead
-        # Weights that start anew have no accuracy to compare.
-        after = None if phase.ends else measure.server_accuracy(self.programs, self.state)
         line |= measure.event(self.programs, self.state, phase.event, before, after)
         accuracy = "" if before is None or after is None else f": server accuracy {before:.4f} -> {after:.4f}"
         say(f"{phase.event} after round {self.done}{accuracy}")
@@ -196,8 +198,7 @@ class Course:
         return seconds
 
     def _settle(self) -> None:
-        """Before an event: counts what a smaller program would have spared since the last one; nothing where the
-        present one skips what is pruned."""
+        """Before an event: counts what a smaller program would have spared since the last; 0 where this one skips."""
         smaller, skips = self.phases[self.phase].smaller, getattr(self.algorithm.space, "skips", False)
         self.worth.settle(0.0 if smaller is None or skips else self._spared(smaller(self.state.server)))
 
