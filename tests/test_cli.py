@@ -215,7 +215,7 @@ def test_help_lists_every_field_with_its_value_in_the_task(capsys):
     for name, field in cli.FIELDS.items():
         (line,) = [line for line in printed.splitlines() if line.startswith(f"  --config.{name}=")]
         assert field.metadata["help"] in line
-    assert "--config.rounds=300 " in printed
+    assert "--config.rounds=240 " in printed
     assert "--config.augment=crop,flip " in printed
 
 
