@@ -61,7 +61,7 @@ def make_architecture(config: Config, dataset: sources.Dataset, factory: Callabl
                 f"config.network is {config.network!r}, whose cells have {arguments['nodes']} nodes; at most "
                 f"{MOST_NODES} are allowed"
             )
-        space = darts_space(**arguments, dtype=dtype, apart=config.at_once in (-1, 1))
+        space = darts_space(**arguments, dtype=dtype, in_turn=config.at_once in (-1, 1))
     else:
         space = nasbench201_space(**arguments, dtype=dtype)
     if genotype is None:

@@ -79,7 +79,7 @@ def cifar10_small() -> Config:
         network="mobilenetv3_tiny",
         devices=2,
         bn_eval="recalibrated",
-        eval_batch=50,  # arrays that fit a CPU's caches
+        eval_batch=50,  # a CPU takes less time for it than for large ones
         eval_every=10,
     )
 

@@ -161,7 +161,7 @@ def test_what_is_pruned_is_skipped_where_clients_are_computed_one_after_another(
     """What is left learns and answers as if the rest were computed, and counts as the smaller program does, whatever
     the pruned operations' weights are."""
     algorithm, client_update = search
-    listed = phases("fedmetanas", apart=True, **PAPER)
+    listed = phases("fedmetanas", in_turn=True, **PAPER)
     skipping = listed[0].make(FULL)
     server = server_at(algorithm, listed[1].start)
     server = server._replace(alpha=clear_alpha(server))

@@ -163,6 +163,29 @@ def test_a_smaller_program_is_entered_once_as_much_was_done_in_vain_as_it_costs(
         assert [line["macs"] / (3 * line["image_gradients"]) for line in records(said)] == by_round
 
 
+def test_a_program_that_skips_what_is_pruned_stays_until_the_last_event(monkeypatch, tmp_path):
+    """Nothing is done in vain then: clients say what they computed, which is what the smaller program would."""
+    monkeypatch.setattr(worth, "COMPILING", {"cpu": 1})
+
+    def make(plan):
+        def client_update(message, own, data, key):
+            reply = toy.ALGORITHM.client_update(message, own, data, key)
+            alive = 10 - sum((message.round >= t) * fewer for t, fewer in zip(SHRINKING, (1, 1, 3, 1, 3), strict=True))
+            return reply._replace(metrics=reply.metrics | {"macs": 3.0 * alive * reply.metrics["image_gradients"]})
+
+        return toy.ALGORITHM._replace(macs=plan, client_update=client_update)
+
+    def event(start: int, macs: int) -> Phase:
+        return Phase(start, lambda server, plan, key: (plan, server), make, "prune", None, lambda server: macs, keep)
+
+    phases = [Phase(0, lambda server, plan, key: (10, server), make), *(event(*x) for x in SHRINKING.items())]
+    said: list = []
+    toy.run(phases, DATA, tmp_path / "run", said, rounds=12)
+    lines = records(said)
+    assert [line["macs"] / (3 * line["image_gradients"]) for line in lines] == [10, 10, 9, 9, 8, 8, 5, 5, 4, 4, 1, 1]
+    assert [line["round"] for line in lines if "compile_seconds_ahead" in line] == [10]
+
+
 def test_an_event_that_would_cost_too_much_is_put_off_and_the_next_comes_in_its_place(tmp_path):
     said: list = []
     whole = toy.run(events(["harmful", "harmless"]), DATA, tmp_path / "run", said, rounds=6)

@@ -44,20 +44,21 @@ def federation(seed: int = 0) -> FederatedData:
 
 
 def phases(
-    name: str, setting: Setting = SETTING, nodes: int = 2, real: bool | None = None, apart: bool = False, **options
+    name: str, setting: Setting = SETTING, nodes: int = 2, real: bool | None = None, in_turn: bool = False, **options
 ) -> list[Phase]:
     """The method's phases over a small network; 2 nodes are the fewest that have pairs to choose from.
 
     FedAvg stands for all that train a fixed network on a real one, a MobileNetV3; the others, which differ from it in
     what they do with gradients and parts, have small dense networks, which compile ten times faster. `real`: whether a
-    method that searches does it on a supernet of the DARTS space, `apart` for clients one after another; None: only
+    method that searches does it on a supernet of the DARTS space, `in_turn` for clients one after another; None: only
     FedMetaNAS.
     """
     factory = ALGORITHMS[name]
     if searches(factory) and not (name == "fedmetanas" if real is None else real):
         network, setting = toy_space(classes=CLASSES), setting._replace(clip=5.0)
     elif searches(factory):
-        network, setting = darts_space(**SHAPE, width=4, length=1, nodes=nodes, apart=apart), setting._replace(clip=5.0)
+        network = darts_space(**SHAPE, width=4, length=1, nodes=nodes, in_turn=in_turn)
+        setting = setting._replace(clip=5.0)
     elif name == "fedavg":
         network = mobilenetv3(**SHAPE, variant="tiny")
     else:

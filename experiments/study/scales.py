@@ -69,13 +69,7 @@ SCALES = {
         "or less, and trained for much less: accuracies are far below the paper's.",
         seeds=(1, 2, 3),
         base=dataclasses.replace(
-            TASKS["cifar10_small"](),
-            devices=1,
-            epochs=2,
-            rounds=300,
-            lr=0.05,
-            eval_batch=250,
-            checkpoint_every=50,
+            TASKS["cifar10_small"](), devices=1, epochs=2, rounds=300, lr=0.05, eval_batch=250, checkpoint_every=50
         ),
         datasets={"mnist": {"augment": ()}},
         methods=TRAVEL | RATES,

@@ -73,7 +73,7 @@ def searching(
     """
     graph = space.graph
     harden = discrete or (lambda server: relax.harden(graph, server.alpha, server.mask))
-    skips = sampled or (prune is not None and space.skips)
+    skips = sampled or (prune is not None and space.skips)  # what is pruned, too, where that spares time
 
     def make(plan) -> Algorithm:
         net = space.make(plan, skips)
@@ -113,12 +113,11 @@ def searching(
                 gradient = _counting_macs(gradient, *sample.macs(space, plan))
                 optimizer = drawn_alone(optimizer, partial(moved, sent))
             variables, stats, metrics = train(gradient, optimizer, sent, data, key)
-            if sampled:
-                metrics["macs"] *= 3 * metrics["image_gradients"]  # a backward pass costs about two forward passes
-            elif skips:
+            if skips and not sampled:
                 rest, each = sample.macs(space, plan)
-                here = masks.live(graph, sent.mask).op
-                metrics["macs"] = 3 * metrics["image_gradients"] * (rest + jnp.sum(each * here))
+                metrics["macs"] = rest + jnp.sum(each * masks.live(graph, sent.mask).op)
+            if skips:
+                metrics["macs"] *= 3 * metrics["image_gradients"]  # a backward pass costs about two forward passes
             learnt = variables | {"stats": stats}
             change = {part: tree.sub(learnt[part], getattr(sent, part)) for part in learnt}
             return Reply(change, jnp.sum(data.weight), own, (), metrics)

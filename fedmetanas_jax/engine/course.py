@@ -198,13 +198,14 @@ class Course:
         return seconds
 
     def _settle(self) -> None:
-        """Before an event: counts what a smaller program would have spared since the last; 0 where this one skips."""
-        smaller, skips = self.phases[self.phase].smaller, getattr(self.algorithm.space, "skips", False)
-        self.worth.settle(0.0 if smaller is None or skips else self._spared(smaller(self.state.server)))
+        """Before an event: counts what a smaller program would have spared since the last one."""
+        smaller = self.phases[self.phase].smaller
+        self.worth.settle(0.0 if smaller is None else self._spared(smaller(self.state.server)))
 
     def _spared(self, plan) -> float:
-        """The share of the multiply-adds that a program of this plan spares."""
-        return 1 - self._algorithm_of(self.phase, plan).macs / self.algorithm.macs
+        """The share of the last round's multiply-adds that a program of this plan spares."""
+        # Before the first round, and of an older checkpoint, it is not known whether the program skips any.
+        return 1 - self._algorithm_of(self.phase, plan).macs / (self.worth.macs_an_image or self.algorithm.macs)
 
     def _pays(self, plan) -> bool:
         """Whether a program of this plan is worth compiling: it serves for the rest of the run, or until the last event

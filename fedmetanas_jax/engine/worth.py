@@ -19,12 +19,15 @@ class Worth:
 
     def __init__(self):
         self.macs_a_round = 0.0  # of the last round
+        self.macs_an_image = 0.0  # of a forward pass in it, without what the program skipped
         self.spent = 0.0  # since the last event
         self.in_vain = 0.0  # before it, since the present program was entered
 
     def add(self, lines: list[dict]) -> None:
         """Rounds were made; their records."""
-        self.macs_a_round = lines[-1]["macs"]
+        self.macs_a_round, gradients = lines[-1]["macs"], lines[-1]["image_gradients"]
+        if gradients:  # else all replies were left out
+            self.macs_an_image = self.macs_a_round / (3 * gradients)  # a backward pass costs about two forward passes
         self.spent += sum(line["macs"] for line in lines)
 
     def settle(self, spared: float) -> None:

@@ -96,7 +96,7 @@ def darts_space(
     parts: tuple[int, ...] = (),
     dtype=jnp.float32,
     way: Way | None = None,
-    apart: bool = False,
+    in_turn: bool = False,
 ) -> SearchSpace:
     """The search space (C = width, L = length) for images of `shape` (H, W, channels).
 
@@ -104,7 +104,7 @@ def darts_space(
     memory alone; None: what suits JAX's default backend and the plan. Batch norms have no scale and shift, in
     derived networks neither, so weights found by a search fit them.
 
-    apart: whether programs compute one client after another, so that conditionals spare what they leave out.
+    in_turn: whether programs compute one client after another, so that conditionals spare what they leave out.
 
     every_edge: nodes sum all their inputs (`plan.darts_graph`). parts: where the cells begin that have operations of
     their own (`plan.cell_types`).
@@ -147,9 +147,9 @@ def darts_space(
 
     resized = partial(
         darts_space, shape=shape, classes=classes, mean=mean, std=std, width=width, length=length, nodes=nodes,
-        every_edge=every_edge, parts=parts, dtype=dtype, way=way, apart=apart,
+        every_edge=every_edge, parts=parts, dtype=dtype, way=way, in_turn=in_turn,
     )  # fmt: skip
-    skips = apart and (way or suited(jax.default_backend(), [range(len(OPS))])) == "scan"
+    skips = in_turn and (way or suited(jax.default_backend(), [range(len(OPS))])) == "scan"
     return search_space(darts_graph(nodes, names, every_edge), types, make, stacks, resized, skips)
 
 

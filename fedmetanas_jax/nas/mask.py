@@ -26,6 +26,11 @@ def live_edges(graph: Graph, mask: Mask) -> Array:
     return relax.edge_weight(graph, mask.pair.astype(jnp.float32)) > 0
 
 
+def live(graph: Graph, mask: Mask) -> Mask:
+    """The mask without the operations of edges that are in no surviving pair."""
+    return Mask(mask.op & live_edges(graph, mask)[..., None], mask.pair)
+
+
 @partial(jax.jit, static_argnums=0)
 def prune(graph: Graph, alpha: Alpha, mask: Mask, temperature, threshold: float) -> Mask:
     """Clears operations and pairs whose noise-free weight is below `threshold`, never the largest of a row.
@@ -137,8 +142,3 @@ def entropy(graph: Graph, alpha: Alpha, mask: Mask) -> Array:
     nats = jnp.sum(jax.scipy.special.entr(relax.softmax(graph, alpha, mask, 1.0).op), axis=-1)
     share = nats / jnp.log(jnp.maximum(jnp.sum(mask.op, axis=-1), 2))
     return jnp.sum(share, where=undecided) / jnp.maximum(jnp.sum(undecided), 1)
-
-
-def live(graph: Graph, mask: Mask) -> Mask:
-    """The mask without the operations of edges that are in no surviving pair."""
-    return Mask(mask.op & live_edges(graph, mask)[..., None], mask.pair)
