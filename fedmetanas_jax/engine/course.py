@@ -203,8 +203,7 @@ class Course:
         self.worth.settle(0.0 if smaller is None else self._spared(smaller(self.state.server)))
 
     def _spared(self, plan) -> float:
-        """The share of the last round's multiply-adds that a program of this plan spares."""
-        # Before the first round, and of an older checkpoint, it is not known whether the program skips any.
+        """The share of the last round's multiply-adds, or of the program's before one, that one of this plan spares."""
         return 1 - self._algorithm_of(self.phase, plan).macs / (self.worth.macs_an_image or self.algorithm.macs)
 
     def _pays(self, plan) -> bool:
