@@ -58,8 +58,6 @@ def main(argv: list[str]) -> int:
 
 def compare(argv: list[str], asked: Parsed) -> None:
     """All runs, then the two files; argv[0] is the program. UsageError where the request makes no sense."""
-    from fedmetanas_jax.engine.records import versions
-
     names = ("methods", "seeds", "rates", "tune_seed", "equal", "out")
     methods, seeds, rates, tune_seed, equal, out = (asked.values[name] for name in names)
     if out is None:
@@ -105,7 +103,10 @@ def compare(argv: list[str], asked: Parsed) -> None:
     for method, asks in measured.items():
         row[method]["runs"] = {ask.seed: ran.result(ask) for ask in asks}
     command_line = shlex.join(["python", *argv])
-    figures = {"command": command_line, "versions": versions(), "equal": equal, "methods": list(row.values())}
+    # Of the runs, which another machine than this one may have made.
+    versions = {json.dumps(run["versions"], sort_keys=True) for one in row.values() for run in one["runs"].values()}
+    figures = {"command": command_line, "versions": [json.loads(text) for text in sorted(versions)]}
+    figures |= {"equal": equal, "methods": list(row.values())}
     write_json(f"{out}.json", figures)
     write_text(f"{out}.md", markdown(figures))
     print(markdown(figures))
@@ -203,7 +204,8 @@ def markdown(figures: dict) -> str:
     majority = np.mean([run["majority_class_local_accuracy"] for run in runs])
     facts = f"Always a client's most frequent class: {100 * majority:.1f} % local accuracy. "
     facts += f"Equal for all: {figures['equal'].replace('_', '-')}. Seconds are those in rounds, without compiling. "
-    facts += "{device} x {devices}, {cpus} CPUs, jax {jax}.".format_map(figures["versions"])
+    where = ("{device} x {devices}, {cpus} CPUs, jax {jax}".format_map(found) for found in figures["versions"])
+    facts += f"{'; '.join(where)}."
     return "\n".join([*lines, "", facts, "", *_differences(figures), f"`{figures['command']}`", ""])
 
 

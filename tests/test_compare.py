@@ -66,7 +66,7 @@ def table(*runs: dict) -> list[str]:
         {
             "command": "python experiments/compare.py",
             "equal": "image_gradients",
-            "versions": {"device": "cpu", "devices": 1, "cpus": 2, "jax": "0"},
+            "versions": [{"device": "cpu", "devices": 1, "cpus": 2, "jax": "0"}],
             "methods": [{"method": "fedrep", "lr": 0.1, "rounds": 30, "runs": dict(enumerate(runs))}],
         }
     ).splitlines()
@@ -92,8 +92,9 @@ def test_differences_are_those_of_the_first_method_with_seeds_paired():
 
     methods = [row("mine", (0.6, 0.5, 0.8), (0.7, 0.5, 0.9)), row("other", (0.5, 0.5, 0.8), (0.5, 0.5, 0.9))]
     methods.append(row("personal", (None, None, 0.7)))
-    about = {"device": "cpu", "devices": 1, "cpus": 2, "jax": "0"}
+    about = [{"device": device, "devices": 1, "cpus": 2, "jax": "0"} for device in ("cpu", "a GPU")]
     text = compare.markdown({"command": "python", "equal": "macs", "versions": about, "methods": methods})
+    assert "cpu x 1, 2 CPUs, jax 0; a GPU x 1, 2 CPUs, jax 0." in text
     assert "`mine` less the others" in text
     # 60 - 50 and 70 - 50; resamples of two differences lie between them. One seed in common has no interval.
     assert "| other | +15.0 (+10.0 to +20.0), too few seeds | +0.0 (+0.0 to +0.0), too few seeds |" in text
