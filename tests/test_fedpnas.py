@@ -117,14 +117,20 @@ def test_adapting_leaves_the_base_and_its_statistics_to_the_bit():
         np.testing.assert_array_equal(net.mix[0], start[0])
 
 
-def test_network_is_discrete_and_every_cell_has_its_own():
-    algorithm, _ = made(fedpnas)
+@pytest.mark.parametrize("none", [False, True])
+def test_network_is_discrete_and_every_cell_has_its_own(none):
+    algorithm, _ = made(fedpnas, none=none)
     server, _ = algorithm.init(jax.random.key(1))
     assert algorithm.space.graph.cell_types == ("normal_0", "reduce_1")
     assert server.alpha.op.shape == (2, 5, 3)
     assert server.alpha.pair.shape == (2, 0)
-    mix = np.asarray(algorithm.global_model(server).mix)
-    np.testing.assert_array_equal(mix, np.eye(3)[np.asarray(server.alpha.op).argmax(-1)])
+    index = algorithm.space.graph.ops.index("none")
+    ahead = server.alpha._replace(op=server.alpha.op.at[:, 0, index].add(50.0))
+    mix = np.asarray(algorithm.global_model(server._replace(alpha=ahead)).mix)
+    logits = np.array(ahead.op)
+    if not none:  # no candidate, however far ahead
+        logits[..., index] = -np.inf
+    np.testing.assert_array_equal(mix, np.eye(3)[logits.argmax(-1)])
 
 
 def test_metafedpnas_with_everything_personal_is_fedmetanas():

@@ -78,10 +78,6 @@ def feddsnas(
         alphas = optax.chain(optax.clip_by_global_norm(alpha_clip), adam(rate, 0.0))
         return backward._replace(of=of), weights_and_alphas(local_sgd(setting, sent.round), alphas)
 
-    def begin(key):
-        plan = masks.full_plan(graph)
-        return plan if none else [[[k for k in edge if graph.ops[k] != "none"] for edge in cell] for cell in plan]
-
     border = round(rounds)
     return searching(
         space,
@@ -93,6 +89,6 @@ def feddsnas(
         prune=lambda server, round, last: masks.terminal(graph, server.alpha, server.mask),
         events=[border] if 0 < border < setting.rounds else [],
         depth="epochs",
-        begin=begin,
+        begin=lambda key: masks.full_plan(graph, none),
         sampled=True,
     )

@@ -107,9 +107,10 @@ def of_plan(graph: Graph, plan: Plan) -> Mask:
     return Mask(jnp.asarray(op), jnp.asarray(pair))
 
 
-def full_plan(graph: Graph) -> Plan:
-    """The plan of a search that has pruned nothing yet."""
-    return [[list(range(len(graph.ops))) for _ in graph.edges] for _ in graph.cell_types]
+def full_plan(graph: Graph, none: bool = True) -> Plan:
+    """The plan of a search that has pruned nothing yet; without `none` where that is no candidate."""
+    ops = [k for k, name in enumerate(graph.ops) if none or name != "none"]
+    return [[list(ops) for _ in graph.edges] for _ in graph.cell_types]
 
 
 def undecided_edges(graph: Graph, mask: Mask) -> Array:
