@@ -1,5 +1,6 @@
 """The compiled programs of one algorithm, and how a run goes about its rounds."""
 
+import gc
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -129,7 +130,7 @@ class Programs:
     def _compile(self, name: str, *arguments):
         if name == "round" and self.at_once is None:
             return self._compile_as_many_as_fit(*arguments)
-        lowered = self._made(name, self.at_once or 0).lower(*arguments)
+        lowered = _lowered(self._made(name, self.at_once or 0), *arguments)
         if name == "round":
             self._begin(arguments[0])
         return lowered.compile()
@@ -153,7 +154,7 @@ class Programs:
         devices = 1 if self.mesh is None else self.mesh.size
         clients = at_once = -(-self.conduct.cohort // devices)
         while True:
-            lowered = self._made("round", at_once).lower(*arguments)
+            lowered = _lowered(self._made("round", at_once), *arguments)
             self._begin(arguments[0])
             compiled = lowered.compile()
             needed, room = compiled.memory_analysis().temp_size_in_bytes, free_bytes()
@@ -224,3 +225,15 @@ class Programs:
 def floats(summary: dict) -> dict:
     """Arrays [] as Python numbers, fit for a record."""
     return {name: float(x) for name, x in summary.items()}
+
+
+def _lowered(program: Callable, *arguments) -> jax.stages.Lowered:
+    """The program, traced. That makes a million objects, most of which stay: Python's looking for garbage among them,
+    again and again, would be a sixth of its time."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return program.lower(*arguments)
+    finally:
+        if collects:
+            gc.enable()
