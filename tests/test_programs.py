@@ -1,4 +1,6 @@
-"""How many clients a program computes together, by the memory that is free."""
+"""How many clients a program computes together, by the memory that is free; how a program is traced."""
+
+import gc
 
 import jax
 import jax.numpy as jnp
@@ -55,3 +57,25 @@ def test_as_many_as_fit(start, monkeypatch):
 
 def test_a_resumed_run_takes_what_was_chosen(start, monkeypatch):
     assert compiled(start, 10**9, monkeypatch, at_once=2)[0] == 2
+
+
+@pytest.mark.parametrize("collects", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_nothing_is_searched_for_garbage_while_a_program_is_traced_and_then_all_is_as_before(collects, fails):
+    seen = []
+
+    def program(x):
+        seen.append(gc.isenabled())
+        return x / (0 if fails else 1)
+
+    (gc.enable if collects else gc.disable)()
+    try:
+        if fails:
+            with pytest.raises(ZeroDivisionError):
+                engine._lowered(jax.jit(lambda: program(1)))
+        else:
+            engine._lowered(jax.jit(program), 1.0)
+        assert seen == [False]
+        assert gc.isenabled() == collects
+    finally:
+        gc.enable()
