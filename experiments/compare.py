@@ -58,6 +58,8 @@ def main(argv: list[str]) -> int:
 
 def compare(argv: list[str], asked: Parsed) -> None:
     """All runs, then the two files; argv[0] is the program. UsageError where the request makes no sense."""
+    from study.outcome import distinct
+
     names = ("methods", "seeds", "rates", "tune_seed", "equal", "out")
     methods, seeds, rates, tune_seed, equal, out = (asked.values[name] for name in names)
     if out is None:
@@ -103,10 +105,8 @@ def compare(argv: list[str], asked: Parsed) -> None:
     for method, asks in measured.items():
         row[method]["runs"] = {ask.seed: ran.result(ask) for ask in asks}
     command_line = shlex.join(["python", *argv])
-    # Of the runs, which another machine than this one may have made.
-    versions = {json.dumps(run["versions"], sort_keys=True) for one in row.values() for run in one["runs"].values()}
-    figures = {"command": command_line, "versions": [json.loads(text) for text in sorted(versions)]}
-    figures |= {"equal": equal, "methods": list(row.values())}
+    versions = distinct(run["versions"] for one in row.values() for run in one["runs"].values())
+    figures = {"command": command_line, "versions": versions, "equal": equal, "methods": list(row.values())}
     write_json(f"{out}.json", figures)
     write_text(f"{out}.md", markdown(figures))
     print(markdown(figures))

@@ -1,6 +1,7 @@
 """A finished run as the figures that tables, pictures and the page show of it."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from fedmetanas_jax.config import MAY_CHANGE, from_dict, to_dict
@@ -150,3 +151,8 @@ def seconds_to_accuracy(curve: dict[str, list], target: float | None = None) -> 
         means.append((sum(near) / len(near), seconds))
     wanted = target if target is not None or not means else means[-1][0] - WITHIN
     return next((seconds for mean, seconds in means if mean >= wanted), None)
+
+
+def distinct(versions: Iterable[dict]) -> list[dict]:
+    """The versions and hardware that runs had, each once: a table may be written by another machine than made them."""
+    return [json.loads(text) for text in sorted({json.dumps(one, sort_keys=True) for one in versions})]

@@ -9,7 +9,7 @@ from fedmetanas_jax.files import write_json
 from fedmetanas_jax.options import UsageError
 from study import columns as column_names
 from study import plan
-from study.outcome import FIGURES, seconds_to_accuracy
+from study.outcome import FIGURES, distinct, seconds_to_accuracy
 from study.paper import TABLES, label
 from study.plan import Run
 from study.scales import SCALES
@@ -95,7 +95,7 @@ def document(study: Study, request: Request) -> dict:
         "cells": cells,
         "pairs": list(_pairs(cells, request, table.figures[0])),
         "command": request.command,
-        "versions": [json.loads(text) for text in sorted({json.dumps(one, sort_keys=True) for one in versions})],
+        "versions": distinct(versions),
     }
 
 

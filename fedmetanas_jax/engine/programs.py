@@ -229,7 +229,7 @@ def floats(summary: dict) -> dict:
 
 def _lowered(program: Callable, *arguments) -> jax.stages.Lowered:
     """The program, traced. That makes a million objects, most of which stay: Python's looking for garbage among them,
-    again and again, would be a sixth of its time."""
+    again and again, would be a fifth of its time."""
     collects = gc.isenabled()
     gc.disable()
     try:
