@@ -81,14 +81,14 @@ class SearchSpace(NamedTuple):
     graph: Graph
     cells: int  # in a row, from the stem to the head
     make: Callable  # (plan, sampled=False) -> Supernet that computes the plan's operations alone. sampled: of these,
-    #   where the program has conditionals, only what the mix does not make 0; moments of the rest are not to be read
+    #   where that spares time, only what the mix does not make 0; moments of the rest are not to be read
     carry_over: Callable  # (params or stats, old plan, new plan) -> the rows that the new plan keeps
     derive: Callable  # plan -> Model: the plan's operations, each at weight 1
     spread: Callable  # (value [cell types, edges, ops], plan, params or stats, rest) -> a tree like it that broadcasts
     #   to it: the value of the operation that a number belongs to; `rest` for what belongs to none
     resized: Callable  # (**size) -> SearchSpace whose maker got these arguments instead
     size: dict = {}  # the arguments that it got that way
-    skips: bool = False  # whether a program made with sampled=True has conditionals that spare time: a supernet's on a
+    skips: bool = False  # whether a program made with sampled=True leaves out what the mix makes 0: a supernet's on a
     #   CPU, if clients are computed one after another
 
 

@@ -107,7 +107,7 @@ def derivatives(plan, reduce, cell):
     return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))
 
 
-one_by_one = partial(unrolled_cell, apart=True)
+one_by_one, skipping = partial(unrolled_cell, apart=True), partial(scanned_cell, skips=True)
 
 
 def stride(op):
@@ -129,7 +129,7 @@ def example(plan, reduce):
 def test_all_ways_give_the_same_numbers(plan, reduce):
     arguments = example(plan, reduce)
     want = derivatives(plan, reduce, scanned_cell)(*arguments)
-    for cell in (unrolled_cell, one_by_one):
+    for cell in (unrolled_cell, one_by_one, skipping):
         got = derivatives(plan, reduce, cell)(*arguments)
         assert jax.tree.structure(got) == jax.tree.structure(want)
         for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
@@ -151,8 +151,32 @@ def test_all_ways_evaluate_alike(reduce):
         run = jax.jit(lambda *given: cell(*given, SOME, reduce, False)[0])
         return run(inputs, weights, stats, mix)
 
-    for cell in (unrolled_cell, one_by_one):
+    for cell in (unrolled_cell, one_by_one, skipping):
         np.testing.assert_allclose(nodes(cell), nodes(scanned_cell), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("reduce", [False, True])
+def test_what_the_mix_makes_0_is_left_out_and_the_rest_stays(reduce):
+    """One program for what is alive in turn: nothing, an edge without operations, and several on each."""
+    plan = ((SEP3, MAX, SKIP, DIL3),) * EDGES
+    inputs, weights, mix = example(plan, reduce)
+    dense, sparse = (derivatives(plan, reduce, cell) for cell in (scanned_cell, skipping))
+    rng = np.random.default_rng(2)
+    for share in (0.0, 0.2, 0.6):
+        alive = rng.random(mix.shape) < share
+        given = inputs, weights, mix * alive
+        (want, (nodes, found)), (got, (nodes_here, found_here)) = dense(*given), sparse(*given)
+        np.testing.assert_allclose(nodes_here, nodes, rtol=1e-9, atol=1e-11)
+        for a, b in zip(*map(jax.tree.leaves, (got[:2], want[:2])), strict=True):  # of inputs and weights
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
+        np.testing.assert_allclose(got[2], np.where(alive, want[2], 0), rtol=1e-9, atol=1e-11)
+        for op, edges in stacked(plan, reduce).items():
+            here = alive[np.array(edges, int), OPS.index(op)]
+            for a, b in zip(*map(jax.tree.leaves, (found_here.get(op, {}), found.get(op, {}))), strict=True):
+                if op != "max_pool_3x3":  # whose moments are its source's, computed if any edge of that is alive
+                    np.testing.assert_allclose(a, np.where(here[:, None], b, 0), rtol=1e-9, atol=1e-11)
+                np.testing.assert_allclose(a[here], b[here], rtol=1e-9, atol=1e-11)
 
 
 def test_edges_of_one_source_share_their_pool():

@@ -104,7 +104,7 @@ def darts_space(
     memory alone; None: what suits JAX's default backend and the plan. Batch norms have no scale and shift, in
     derived networks neither, so weights found by a search fit them.
 
-    in_turn: whether programs compute one client after another, so that conditionals spare what they leave out.
+    in_turn: whether programs compute one client after another, so that what the mix makes 0 can be left out.
 
     every_edge: nodes sum all their inputs (`plan.darts_graph`). parts: where the cells begin that have operations of
     their own (`plan.cell_types`).
@@ -127,7 +127,7 @@ def darts_space(
             for i in range(length):
                 reduce, name, kind = i in reductions(length), f"cell_{i}", types[i]
                 compute = {
-                    "scan": partial(scanned_cell, sampled=sampled),
+                    "scan": partial(scanned_cell, skips=sampled and in_turn),
                     "side_by_side": unrolled_cell,
                     "one_by_one": partial(unrolled_cell, apart=True),
                 }[ways[kind]]
