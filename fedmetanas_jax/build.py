@@ -19,7 +19,7 @@ from fedmetanas_jax.engine import run as engine
 from fedmetanas_jax.engine.checkpoint import CheckpointError
 from fedmetanas_jax.engine.claim import claim
 from fedmetanas_jax.engine.interrupt import interruptible
-from fedmetanas_jax.engine.mesh import clients_mesh
+from fedmetanas_jax.engine.mesh import CPU_PARTS, clients_mesh
 from fedmetanas_jax.engine.programs import Conduct
 from fedmetanas_jax.engine.report import NonFiniteError
 from fedmetanas_jax.engine.round import make_round, state_shapes
@@ -45,9 +45,10 @@ def prepare_jax(config: Config) -> None:
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(sources.cache("xla")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    if config.devices > 1:
+    parts = CPU_PARTS if config.devices == -1 else config.devices
+    if parts > 1:
         try:
-            jax.config.update("jax_num_cpu_devices", config.devices)  # only the CPU backend reads it
+            jax.config.update("jax_num_cpu_devices", parts)  # only the CPU backend reads it
         except RuntimeError:  # jax is already running; clients_mesh will say how many devices it has
             pass
     environment.start_jax()

@@ -107,7 +107,11 @@ class Config:
         how=True,
     )
     devices: int = _field(
-        1, "devices a round's clients are spread over; 0: all there are", least=0, how=True, most=MOST_DEVICES
+        1,
+        "devices a round's clients are spread over; 0: all there are; -1: 2 parts of a CPU, else 1",
+        least=-1,
+        how=True,
+        most=MOST_DEVICES,
     )
     client_states: Literal["auto", "device", "host"] = _field(
         "auto", "where what clients keep between rounds is held; auto: the device, if it has room", how=True

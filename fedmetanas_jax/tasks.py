@@ -77,7 +77,7 @@ def cifar10_small() -> Config:
         cells=3,
         nodes=2,
         network="mobilenetv3_tiny",
-        devices=2,
+        devices=-1,
         bn_eval="recalibrated",
         eval_batch=50,  # a CPU takes less time for it than for large ones
         eval_every=10,
@@ -103,7 +103,7 @@ def digits_dir01() -> Config:
         cells=3,
         nodes=2,
         network="mobilenetv3_tiny",
-        at_once=0,
+        devices=-1,
         eval_every=5,
         bn_eval="recalibrated",
     )

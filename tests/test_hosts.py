@@ -203,7 +203,7 @@ def test_the_command_line_leaves_one_run(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--cluster"], "config.devices is 1; a run over several processes uses all devices of all of them"),
+        (["--cluster"], "config.devices is -1; a run over several processes uses all devices of all of them"),
         (["--cluster", "--config.devices=2"], "config.devices is 2; a run over several processes"),
         (["--processes=2"], "--processes and --process need --coordinator=HOST:PORT"),
         (["--cluster", "--process=0"], "--processes and --process need --coordinator=HOST:PORT"),

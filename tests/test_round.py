@@ -295,8 +295,8 @@ def test_wrong_requests_are_refused_in_words(data):
     there = len(jax.devices())
     with pytest.raises(ValueError, match=f"JAX sees {there} "):
         clients_mesh(there + 1)
-    with pytest.raises(ValueError, match="devices=-1"):
-        clients_mesh(-1)
+    with pytest.raises(ValueError, match="devices=-2"):
+        clients_mesh(-2)
 
 
 def test_one_device_is_no_mesh(data):
@@ -309,6 +309,7 @@ def on_several_devices():
     from fedmetanas_jax.engine.evaluate import make_personal
 
     assert clients_mesh(0).size == len(jax.devices()) == 8
+    assert clients_mesh(-1).size == 2  # of a CPU
     data = toy.make_data(CLIENTS)
     cases = [(5, 1, 1, 4), (4, 1, 2, 4), (5, 1, 1, 8)]  # cohort, at_once, block, devices
     for size, at_once, block, devices in cases:

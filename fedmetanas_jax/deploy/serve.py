@@ -161,8 +161,8 @@ def _compute(config: Config) -> str:
 
 def _check(config: Config, listening: Listening) -> None:
     """UsageError for what a server cannot do."""
-    if config.devices != 1:
-        raise UsageError(f"config.devices is {config.devices}; a server with clients elsewhere uses 1")
+    if config.devices not in (-1, 1):
+        raise UsageError(f"config.devices is {config.devices}; a server with clients elsewhere uses 1 (or -1)")
     if listening.patience.quorum > config.cohort:
         raise UsageError(
             f"quorum is {listening.patience.quorum}; it must be at most the {config.cohort} clients of a round "

@@ -13,11 +13,13 @@ from fedmetanas_jax.engine import hosts
 
 ALL = PartitionSpec()  # a full copy on every device
 OWN = PartitionSpec("clients")  # the leading axis divided, a consecutive share each
+CPU_PARTS = 2  # a number of its own, not that of the cores, so that a run gives the same bits on every CPU of a kind
 STATE = RoundState(round=ALL, seed=ALL, server=ALL, owns=OWN)
 
 
 def clients_mesh(devices: int) -> Mesh | None:
-    """A mesh of that many devices along "clients"; 0 = all there are; None where that is one device.
+    """A mesh of that many devices along "clients"; 0 = all there are, -1 = CPU_PARTS of a CPU that was cut into as
+    many, else one; None where that is one device.
 
     ValueError when fewer are there, and for less than all of several processes'.
     """
@@ -26,6 +28,8 @@ def clients_mesh(devices: int) -> Mesh | None:
         raise ValueError(f"devices={devices}: a run of several processes uses all devices of all; allowed is 0 (all)")
     if jax.process_count() > 1 and not hosts.several():
         raise ValueError(f"JAX sees {jax.process_count()} processes, which know nothing of each other; use --cluster")
+    if devices == -1:
+        devices = min(CPU_PARTS, len(there)) if there[0].platform == "cpu" else 1
     if not 0 <= devices <= len(there):
         have = f"{len(there)} ({there[0].platform})"
         raise ValueError(f"devices={devices}: JAX sees {have}; allowed are 0 (all) to {len(there)}")
