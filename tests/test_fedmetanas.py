@@ -272,3 +272,11 @@ def test_second_order_and_more_inner_steps_run_and_differ():
         held = np.asarray(DATA.train_size)[np.asarray(metrics["client"][0])]
         np.testing.assert_array_equal(metrics["image_gradients"][0], (held // 8) * 4 * 3)
     assert losses[0] != losses[1]
+
+
+def test_second_order_asks_nothing_that_skips_for_a_second_derivative():
+    """Clients one after another; what skips would fail where it is traced."""
+    algorithm = first_algorithm("fedmetanas", in_turn=True, order=2, **PAPER)
+    given = server_at(algorithm, 0), (), train_examples(DATA, 2), jax.random.key(0)
+    reply = jax.eval_shape(algorithm.client_update, *given)
+    assert jax.tree.structure(reply.change["params"]) == jax.tree.structure(given[0].params)

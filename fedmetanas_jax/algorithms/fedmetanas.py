@@ -136,7 +136,7 @@ def fedmetanas(
         return masks.plan_of(graph, masks.terminal(graph, server.alpha, server.mask))
 
     phases = searching(
-        space,
+        space._replace(skips=space.skips and order == 1),  # what skips has a first derivative alone
         setting,
         mix=mix,
         search=client_search,

@@ -65,7 +65,7 @@ def searching(
       report: server -> further numbers for the round's record.
       begin: key -> the plan of the first round, for a method that does not start from the whole space.
       sampled: whether `mix` makes most operations 0 where it draws. What is not drawn is then neither computed, where
-        the program has conditionals, nor learnt.
+        the program can leave it out, nor learnt.
       personal: (a name at the top level of params and stats) -> whether adapting moves that part's statistics.
       adapt_mix: as `mix`, for a client that personalises; None: `mix` itself.
       discrete: server -> [cell types, edges, ops] of 0 and 1, what pruning would leave; None: the best pair of every

@@ -115,7 +115,7 @@ def nasbench201_space(
         raise ValueError("every_edge is False, but no edge of the NAS-Bench-201 space can be left out")
     names, types = cell_types(["cell"] * length, parts)
 
-    def make(plan: Plan, sampled: bool = False) -> Supernet:  # there are no conditionals in it
+    def make(plan: Plan, sampled: bool = False) -> Supernet:  # nothing is left out of it
         def forward(params, stats, x, train, mix):
             x, moments = batchnorm.norm(layers.convolution(x, params["stem"]), None if train else stats["stem_norm"])
             found = {"stem_norm": moments}

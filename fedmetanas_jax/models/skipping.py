@@ -3,7 +3,8 @@
 A conditional that leaves out an operation writes zeros in its place, and again for each of its gradients: with nothing
 alive, a step of the supernet of `cifar10_small` took a third of the time that it takes with everything. Here every
 operation is a loop over the edges on which it is alive, and one that is on none costs nothing. How often a loop runs is
-known at run time alone, so that automatic differentiation has no way back through it: the gradient is written by hand.
+known at run time alone, so that automatic differentiation has no way back through it: the gradient is written by hand,
+and has none of its own.
 
 For clients computed one after another. Under `vmap` a loop runs for each as often as for any.
 """
