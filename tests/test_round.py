@@ -5,6 +5,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -299,9 +300,11 @@ def test_wrong_requests_are_refused_in_words(data):
         clients_mesh(-2)
 
 
-def test_one_device_is_no_mesh(data):
+def test_one_device_is_no_mesh(data, monkeypatch):
     assert clients_mesh(1) is None
     same_bits(put_data(data, None), data)
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(platform="gpu")] * 4)
+    assert clients_mesh(-1) is None  # only a CPU is cut in two
 
 
 def on_several_devices():
