@@ -276,7 +276,7 @@ def test_second_order_and_more_inner_steps_run_and_differ():
 
 def test_second_order_asks_nothing_that_skips_for_a_second_derivative():
     """Clients one after another; what skips would fail where it is traced."""
-    algorithm = first_algorithm("fedmetanas", in_turn=True, order=2, **PAPER)
+    algorithm = first_algorithm("fedmetanas", nodes=1, in_turn=True, order=2, **PAPER)
     given = server_at(algorithm, 0), (), train_examples(DATA, 2), jax.random.key(0)
     reply = jax.eval_shape(algorithm.client_update, *given)
     assert jax.tree.structure(reply.change["params"]) == jax.tree.structure(given[0].params)
