@@ -115,7 +115,8 @@ def leaving(stage: Stage, train: bool) -> tuple[Callable, Callable]:
             state = _each(step.counts[op.number], add_own, (relu_x, g_nodes), state)
             g_relu_x, (weights[op.name], of_stats, mix) = state
             stats |= {op.name: of_stats} if op.name in given.stats else {}
-        return g_x + through_relu(g_relu_x)[0], Given(shared_mix, mix, weights, shared_stats, stats)
+        found = {"shared_mix": shared_mix, "mix": mix, "weights": weights, "shared_stats": shared_stats, "stats": stats}
+        return g_x + through_relu(g_relu_x)[0], Given(**found)
 
     return leave, back
 
