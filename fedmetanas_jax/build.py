@@ -245,9 +245,9 @@ def make_conduct(config: Config) -> Conduct:
     """How the run goes about its rounds, with what suits the backend where the config leaves it open.
 
     On a CPU clients are worked on one after another, a dispatch is one round, so that a run can be stopped after each
-    (they last), and a prune event waits for its smaller program. On accelerators as many clients as fit are computed
-    together, a dispatch has all rounds to the next checkpoint, and programs are compiled ahead. Clients' states
-    that may be on the host allow dispatches of one round.
+    (they last), and a prune event waits for its smaller program, where that is worth compiling. On accelerators as many
+    clients as fit are computed together, a dispatch has all rounds to the next checkpoint, and programs are compiled
+    ahead. Clients' states that may be on the host allow dispatches of one round.
     """
     try:
         stages = aggregate.parse(config.aggregate)
@@ -260,8 +260,8 @@ def make_conduct(config: Config) -> Conduct:
     if conduct.block == 0:
         alone = _on_cpu() or config.client_states == "host"
         conduct = conduct._replace(block=1 if alone else config.checkpoint_every)
-    if conduct.compile_ahead < 0:
-        conduct = conduct._replace(compile_ahead=0 if _on_cpu() else AHEAD)
+    if conduct.compile_ahead < 0 and not _on_cpu():
+        conduct = conduct._replace(compile_ahead=AHEAD)
     return conduct
 
 

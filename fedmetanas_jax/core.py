@@ -203,6 +203,7 @@ class Algorithm(NamedTuple):
     report: Callable = lambda server: {}  # server -> dict of [] numbers for the round's record
     held: Callable | None = None  # message -> {part: tree of bool that broadcasts to the message's and the change's}:
     #   what of a part the client is given. The rest is not sent, and its change is exactly 0; None: everything is
+    held_alike: bool = False  # whether that is the same for all clients of a round, as what pruning has left is
     reads_test: bool = False  # whether clients are given their test images in training, which no honest method needs
     space: SearchSpace | None = None  # that its network is of, if it is of one
 

@@ -8,6 +8,7 @@ import pytest
 
 from fedmetanas_jax import build
 from fedmetanas_jax.config import Config
+from fedmetanas_jax.engine import worth
 
 TINY = Config(
     dataset="digits", width=2, cells=1, nodes=1, clients=4, cohort=2, train_size=32, test_size=16, rounds=8, epochs=1,
@@ -28,6 +29,11 @@ def records(workdir):
     return [json.loads(line) for line in (workdir / "records.jsonl").read_text().splitlines()]
 
 
+def timeless(workdir):
+    clock = ("seconds", "compile_seconds", "compile_seconds_ahead", "event_stall_seconds")
+    return [{name: x for name, x in line.items() if name not in clock} for line in records(workdir)]
+
+
 def test_the_mask_is_pruned_first_and_the_program_two_rounds_later(unbroken):
     """Between the two the program skips what is pruned, as its clients are computed one after another."""
     lines = records(unbroken)
@@ -36,7 +42,7 @@ def test_the_mask_is_pruned_first_and_the_program_two_rounds_later(unbroken):
     pruned, smaller = lines[1], lines[3]
     assert pruned["event_ops_alive"] == lines[2]["ops_alive"] == 4  # of 32: one a live edge, both cell types
     assert lines[1]["macs"] > lines[2]["macs"] == lines[3]["macs"] == lines[4]["macs"]
-    assert lines[1]["bytes_up"] == lines[3]["bytes_up"] > lines[4]["bytes_up"]
+    assert lines[1]["bytes_up"] > lines[2]["bytes_up"] == lines[3]["bytes_up"] == lines[4]["bytes_up"]
     assert smaller["compile_seconds_ahead"] > 0
     # Nothing was left to be compiled when the first round of the smaller program came.
     assert sum(line.get("compile_seconds", 0) for line in lines[4:6]) == 0
@@ -53,9 +59,7 @@ def test_a_pause_between_the_two_changes_no_bit(unbroken, tmp_path):
     workdir = tmp_path / "run"
     for stop_after in (3, None):
         build.run(TINY, task="t", workdir=workdir, data_dir=tmp_path, stop_after=stop_after)
-    clock = ("seconds", "compile_seconds", "compile_seconds_ahead", "event_stall_seconds")
-    cut = [[{k: v for k, v in line.items() if k not in clock} for line in records(w)] for w in (unbroken, workdir)]
-    assert cut[0] == cut[1]
+    assert timeless(unbroken) == timeless(workdir)
     with np.load(unbroken / "network.npz") as one, np.load(workdir / "network.npz") as other:
         for name in one.files:
             np.testing.assert_array_equal(one[name], other[name], err_msg=name)
@@ -73,3 +77,28 @@ def test_how_it_is_computed_makes_no_other_search(unbroken, tmp_path, how):
     for one, other in zip(records(unbroken), records(tmp_path / "run"), strict=True):
         np.testing.assert_allclose(one["loss"], other["loss"], rtol=2e-3)
     assert (unbroken / "genotype.json").read_text() == (tmp_path / "run" / "genotype.json").read_text()
+
+
+def test_where_it_does_not_pay_the_smaller_program_comes_at_the_end(unbroken, tmp_path, monkeypatch):
+    """The rounds after the last event are left to the supernet's, which skips what is pruned; a run that is broken off
+    among them does the same."""
+    config = dataclasses.replace(TINY, compile_ahead=-1, final_adapt=True)
+    for name, stops in (("whole", (None,)), ("broken off", (5, None))):
+        for stop_after in stops:
+            build.run(config, task="t", workdir=tmp_path / name, data_dir=tmp_path, stop_after=stop_after)
+    whole, broken = (timeless(tmp_path / name) for name in ("whole", "broken off"))
+    assert whole == broken
+    lines = records(tmp_path / "whole")
+    assert [line["round"] for line in lines if "compile_seconds_ahead" in line] == [8]
+    assert lines[7]["compile_seconds_ahead"] > 0
+    assert "local_accuracy_adapted" in lines[7]
+    for one, other in zip(records(unbroken), lines, strict=True):
+        np.testing.assert_allclose(one["loss"], other["loss"], rtol=2e-3)
+        assert (one["macs"], one["bytes_up"]) == (other["macs"], other["bytes_up"])
+    with np.load(unbroken / "network.npz") as one, np.load(tmp_path / "whole" / "network.npz") as other:
+        assert {name: one[name].shape for name in one.files} == {name: other[name].shape for name in other.files}
+    # Where compiling costs next to nothing the run moves at once.
+    monkeypatch.setitem(worth.COMPILING, "cpu", 1.0)
+    quick = dataclasses.replace(config, final_adapt=False)
+    build.run(quick, task="t", workdir=tmp_path / "quick", data_dir=tmp_path, stop_after=3)
+    assert [line["round"] for line in records(tmp_path / "quick") if "compile_seconds_ahead" in line] == [2]

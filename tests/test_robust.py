@@ -98,7 +98,7 @@ def test_trimming_nobody_is_refused():
 @pytest.mark.parametrize("name", NAMES)
 def test_clients_that_are_given_a_part_each_are_refused(name):
     some = toy.ALGORITHM._replace(held=lambda sent: {"params": jax.tree.map(lambda x: jnp.array(True), sent.params)})
-    for algorithm, refused in ((some, True), (toy.ALGORITHM, False)):
+    for algorithm, refused in ((some, True), (some._replace(held_alike=True), False), (toy.ALGORITHM, False)):
         step = engine.make_round(algorithm, cohort_size=SIZE, at_once=1, aggregate=aggregate.parse(name))
         given = engine.state_shapes(algorithm, 7), toy.make_data(7), jnp.int32(1)
         if refused:

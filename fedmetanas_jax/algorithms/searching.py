@@ -73,7 +73,8 @@ def searching(
     """
     graph = space.graph
     harden = discrete or (lambda server: relax.harden(graph, server.alpha, server.mask))
-    skips = sampled or (prune is not None and space.skips)  # what is pruned, too, where that spares time
+    prunes = prune is not None
+    skips = sampled or (prunes and space.skips)  # what is pruned, too, where that spares time
 
     def make(plan) -> Algorithm:
         net = space.make(plan, skips)
@@ -97,6 +98,10 @@ def searching(
 
             return loss
 
+        def held(sent: Server) -> dict:
+            alive = masks.live(graph, sent.mask).op
+            return {part: space.spread(alive, plan, getattr(sent, part), True) for part in ("params", "stats")}
+
         def moved(sent: Server, times: Array) -> dict:
             every_logit = jax.tree.map(lambda _: jnp.array(True), sent.alpha)
             return {"params": drawn(times > 0, sent.params), "alpha": every_logit}
@@ -113,13 +118,18 @@ def searching(
                 gradient = _counting_macs(gradient, *sample.macs(space, plan))
                 optimizer = drawn_alone(optimizer, partial(moved, sent))
             variables, stats, metrics = train(gradient, optimizer, sent, data, key)
-            if skips and not sampled:
+            if prunes and not sampled:
                 rest, each = sample.macs(space, plan)
-                metrics["macs"] = rest + jnp.sum(each * masks.live(graph, sent.mask).op)
-            if skips:
+                alive = rest + jnp.sum(each * masks.live(graph, sent.mask).op)
+                metrics["macs"] = alive if skips else jnp.float32(net.macs)
+            if prunes or sampled:
                 metrics["macs"] *= 3 * metrics["image_gradients"]  # a backward pass costs about two forward passes
             learnt = variables | {"stats": stats}
             change = {part: tree.sub(learnt[part], getattr(sent, part)) for part in learnt}
+            if prunes:  # weight decay moves what is pruned, too, which is not sent
+                given = held(sent)
+                kept = {part: change[part] for part in given}
+                change |= jax.tree.map(lambda here, x: jnp.where(here, x, 0), given, kept)
             return Reply(change, jnp.sum(data.weight), own, (), metrics)
 
         def server_update(server: Server, merged) -> Server:
@@ -153,6 +163,8 @@ def searching(
             global_model=lambda server: Net(server.params, server.stats, mix(server, server.alpha, None)),
             discrete_model=lambda server: Net(server.params, server.stats, harden(server)),
             report=measures,
+            held=held if prunes else None,
+            held_alike=prunes,
             space=space,
         )
 

@@ -132,16 +132,19 @@ class DeployedCourse(Course):
         if self._traffic.get(place, (None, 0))[0] is not connection:
             self._traffic[place] = connection, connection.reader.seen
         message = jax.device_get(self._message(self.state.server, jnp.int32(place), self.state.seed, self.state.round))
-        full = self._client_algorithm()
-        given = None if full.held is None else jax.device_get(self._held(message))
+        given = self._given(message)
         parts = layout.of_message(message, given)
-        wanted = self._wanted._replace(round=round, given=given)
+        wanted = self._wanted._replace(round=round, given=given if owes is None else None)  # sums are of whole changes
         fields = {"round": round, "plan": self.gather.plan, "last": self.last[place], "anew": self.anew}
         fields["layout"] = self._message_layout
         self._sizes[place] = layout.size(wanted.parts()), layout.size(parts)
         room, row = layout.size(wanted.parts()) if owes is None else 0, layout.pack(parts)
         self._sends(row)
         connection.ask(owes or wanted, room, kind, row, **fields, **more)
+
+    def _given(self, message: Tree) -> dict | None:
+        """What of a message a client is given; None: everything."""
+        return None if self._held is None else jax.device_get(self._held(message))
 
     def _sends(self, row: bytes) -> None:
         """Looks at what is to be sent. UsageError where it may not be."""
@@ -228,7 +231,8 @@ class DeployedCourse(Course):
             return learn(algorithm, aggregate, server, clients, change, weight, report, seed, round)
 
         self._message, self._learning = message_of, learning
-        self.gather.prepare(self.phase, json.dumps(self.plan))
+        if self.done < self.conduct.rounds:  # after the last one nobody needs a program
+            self.gather.prepare(self.phase, json.dumps(self.plan))
 
     def _aggregate(self) -> Aggregate:
         """What the server does with what it receives."""

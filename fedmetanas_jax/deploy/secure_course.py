@@ -45,7 +45,8 @@ class SecureCourse(DeployedCourse):
             self._send(place, connection, round, owes, "train_to_sum", attempt=attempt)
 
         given = self.state.server, jax.numpy.int32(everyone[0]), self.state.seed, self.state.round
-        first = layout.pack(layout.of_message(jax.device_get(self._message(*given)), None))
+        message = jax.device_get(self._message(*given))
+        first = layout.pack(layout.of_message(message, self._given(message)))
         self._same = message_of(self.gather.plan, first)
         return self._exchanges.sum(round, everyone, self._adds, self._same, ask, self._wrong)
 

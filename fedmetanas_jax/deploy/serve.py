@@ -79,7 +79,8 @@ def serve(
         build.prepare_jax(config)
         dataset = sources.load(config.dataset, sources.data_dir(data_dir))
         once = {"block": 1, "checkpoint_every": 1, "client_states": "device", "final_adapt": False, "adapt_every": 0}
-        conduct = build.make_conduct(config)._replace(**once, compile_ahead=0)
+        conduct = build.make_conduct(config)._replace(**once)
+        conduct = conduct._replace(compile_ahead=min(0, conduct.compile_ahead))
         phases, chosen = build.make_phases(config, dataset)
         data = own_data(dataset, config)
         if conduct.aggregate.noise is not None:

@@ -70,7 +70,7 @@ def chain(*stages: Aggregate) -> Aggregate:
 
 def check(aggregate: Aggregate, algorithm: Algorithm, report: Tree) -> None:
     """UsageError where the aggregate is wrong for this method, whose clients report this beside their change."""
-    if aggregate.by_rank and algorithm.held is not None:
+    if aggregate.by_rank and algorithm.held is not None and not algorithm.held_alike:
         raise UsageError(
             "config.aggregate: median and trimmed rank what all clients learnt, but clients of this method "
             "(config.method) are given a part of the network each, and count as 0 elsewhere; use mean, with clip"

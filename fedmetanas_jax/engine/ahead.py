@@ -1,6 +1,6 @@
 """The next program, compiled beside the rounds that still run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -28,12 +28,13 @@ class Ahead:
         data: FederatedData,
         mesh: Mesh | None,
         hosted: bool,
+        names: Sequence[str],
         due: int,
         say: Callable[[str], None],
     ) -> None:
-        """Starts on what a round and an evaluation of `algorithm` need, unless that is already going on.
+        """Starts on the programs of `algorithm` of these names, unless that is already going on.
 
-        due: the round before which it is wanted; it is said.
+        due: the round after which they are wanted; it is said.
         """
         if self._programs is not None and self._programs.algorithm is algorithm:
             return
@@ -42,8 +43,8 @@ class Ahead:
         if hosted:
             chosen = np.arange(conduct.cohort)
             state = state._replace(owns=jax.eval_shape(tree.take, state.owns, chosen))
-        say(f"compiling the program of round {due + 1} meanwhile")
-        self._compiling = self._compiler.submit(self._programs.compile_ahead, told(state, mesh, hosted))
+        say(f"compiling the {' and the '.join(names)} after round {due} meanwhile")
+        self._compiling = self._compiler.submit(self._programs.compile_ahead, told(state, mesh, hosted), names)
 
     def take(self, algorithm: Algorithm) -> Programs | None:
         """The programs of `algorithm`, after waiting for them; None where others or none were begun. Raises what went

@@ -58,6 +58,13 @@ def divided(state: RoundState, clients: int, mesh: Mesh | None) -> RoundState:
     return put_state(state._replace(owns=tree.take(state.owns, rows)), mesh)
 
 
+def put_fresh(state: RoundState, clients: int, mesh: Mesh | None, hosted: bool) -> RoundState:
+    """A state whose rows, one a client, were just made, where they are to live."""
+    if hosted:
+        return state._replace(owns=jax.tree.map(np.array, state.owns))
+    return divided(state, clients, mesh)
+
+
 def put_on_host(states: Tree, clients: np.ndarray, rows: Tree) -> None:
     """Writes the rows of `clients` into states held as numpy arrays, in place."""
     for x, values in zip(jax.tree.leaves(states), jax.tree.leaves(rows), strict=True):

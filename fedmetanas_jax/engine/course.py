@@ -19,12 +19,12 @@ from fedmetanas_jax.engine.mesh import put_data
 from fedmetanas_jax.engine.programs import Conduct, Programs
 from fedmetanas_jax.engine.round import cohort, everyones, init_state, state_shapes, stream_key
 from fedmetanas_jax.engine.shared_checkpoints import SharedCheckpoints
-from fedmetanas_jax.engine.worth import Worth
+from fedmetanas_jax.engine.timetable import Timetable, falls_due
 
 SAVED = ("phase", "plan", "at_once", "entered", "put_off")  # of a Course, beside its state and what a program costs
 
 
-class Course:
+class Course(Timetable):
     """Where a run stands: its phase, the plan and the programs of that, and the state between two rounds."""
 
     def __init__(
@@ -36,15 +36,12 @@ class Course:
         checkpoints: Checkpoints | SharedCheckpoints,
         run: dict,
     ):
-        self.phases, self.conduct, self.mesh, self.checkpoints = phases, conduct, mesh, checkpoints
+        super().__init__(phases, conduct)
+        self.mesh, self.checkpoints = mesh, checkpoints
         self.run = run  # its identity, which every checkpoint notes
         self.data = put_data(data, mesh)
-        self._made: dict[tuple, Algorithm] = {}
         self._ahead = Ahead()
         self.at_once = None  # as chosen for this phase before the run was broken off: another choice, other bits
-        self.entered = 0  # the round before which the phase was entered: its start, unless it was put off
-        self.worth = Worth()
-        self.put_off = None  # the round of the next try at a last phase that was put off
         self.lost = 0  # replies that were left out so far for not being finite
         self.records: str | None = None  # digest of the records up to the checkpoint that was restored
         noise = conduct.aggregate.noise
@@ -97,12 +94,21 @@ class Course:
     def evaluate(self, line: dict) -> None:
         """Adds what is due after this round to its record."""
         conduct = self.conduct
-        if _due(self.done, conduct.eval_every, conduct.rounds):
+        if falls_due(self.done, conduct.eval_every, conduct.rounds):
             line |= measure.networks(self.programs, self.state)
             if self.account is not None:
                 line |= self.account.spent(self.done)
-        if _due(self.done, conduct.adapt_every, conduct.rounds if conduct.final_adapt else None):
+        if falls_due(self.done, conduct.adapt_every, conduct.rounds if conduct.final_adapt else None):
+            self._prepare_to_adapt(line)
             line |= measure.adapted(self.programs, self.state)
+
+    def _prepare_to_adapt(self, line: dict) -> None:
+        """At the end of a run whose last rounds were left to a supernet's program, moves to the discrete network's: the
+        supernet's for adapting takes longest of all to compile."""
+        if self.done == self.conduct.rounds:
+            clock = time.perf_counter()
+            before = self._move_on(line, self.programs.say)
+            self.programs.seconds += before + time.perf_counter() - clock
 
     def cost(self, server: Tree) -> float:
         """Accuracy on clients' training images that the state loses with another server."""
@@ -115,7 +121,7 @@ class Course:
         """
         if self.done != self._due():
             return self._move_on(line, say)
-        self._settle()
+        self._settle(self.state.server)
         phase, key = self.phases[self.phase + 1], self._phase_key(self.phase + 1)
         if phase.ends:
             line |= measure.ended(self.programs, self.state, phase.ends, line)
@@ -130,6 +136,7 @@ class Course:
             if cost > phase.tolerance:
                 return seconds + self._wait(phase, cost, line, say)
         self.phase, self.entered, self.plan, self.at_once, self.put_off = self.phase + 1, self.done, plan, None, None
+        self.worth.stays = self._stays(server)
         self._enter(server, line, say)
         stalled = time.perf_counter() - clock
         # By the program that is there, as a smaller one is yet to be compiled. Weights that start anew have none.
@@ -141,10 +148,6 @@ class Course:
         accuracy = "" if before is None or after is None else f": server accuracy {before:.4f} -> {after:.4f}"
         say(f"{phase.event} after round {self.done}{accuracy}")
         return seconds
-
-    def _due(self) -> int | None:
-        """The round before which the next phase is entered."""
-        return self.put_off or next((phase.start for phase in self.phases[self.phase + 1 :]), None)
 
     def _wait(self, phase: Phase, cost: float, line: dict, say: Callable[[str], None]) -> float:
         """Puts a phase off: the next one comes in its place or, where it is the last, it is tried again later."""
@@ -177,47 +180,26 @@ class Course:
     def _move_on(self, line: dict, say: Callable[[str], None], resumed: bool = False) -> float:
         """Moves to the smallest program that the server calls for, if that is due; else has it compiled meanwhile.
 
-        It is due `compile_ahead` rounds after the event that called for it, unless the next phase comes before:
-        a function of the round's number, so that a resumed run does what an unbroken one does. It is decided there
-        and then; only a run that was resumed with a shorter wait, past its last event, catches up.
+        It is due `compile_ahead` rounds after the event that called for it, unless the next phase comes before, or at
+        the end (`_stays`): a function of the round's number, so that a resumed run does what an unbroken one does. It
+        is decided there and then; only a run that was resumed with a shorter wait, past its last event, catches up.
         """
         phase, due = self.phases[self.phase], self._smaller_from()
-        late = resumed and self.phase + 1 == len(self.phases)
+        late = resumed and self._is_last()
         if due is None or not (self.done in (self.entered, due) or (resumed and self.done < due) or late):
             return 0.0
         plan = phase.smaller(self.state.server)
         if json.dumps(plan) == json.dumps(self.plan) or not self._pays(plan):
             return 0.0
         if self.done < due:
-            algorithm = self._algorithm_of(self.phase, plan)
-            self._ahead.compile(algorithm, self.conduct, self.data, self.mesh, self.hosted, due, say)
+            if names := self._at(due):
+                given = self._algorithm_of(self.phase, plan), self.conduct, self.data, self.mesh, self.hosted
+                self._ahead.compile(*given, names, due, say)
             return 0.0
         seconds = self.programs.spent_compiling()
         server, self.plan = phase.carry(self.state.server, self.plan, plan), plan
         self._enter(server, line, say)
         return seconds
-
-    def _settle(self) -> None:
-        """Before an event: counts what a smaller program would have spared since the last one."""
-        smaller = self.phases[self.phase].smaller
-        self.worth.settle(0.0 if smaller is None else self._spared(smaller(self.state.server)))
-
-    def _spared(self, plan) -> float:
-        """The share of the last round's multiply-adds, or of the program's before one, that one of this plan spares."""
-        return 1 - self._algorithm_of(self.phase, plan).macs / (self.worth.macs_an_image or self.algorithm.macs)
-
-    def _pays(self, plan) -> bool:
-        """Whether a program of this plan is worth compiling: it serves for the rest of the run, or until the last event
-        spares enough."""
-        last = self.phase + 1 == len(self.phases)
-        return last or self.worth.pays(self._spared(plan), self.phases[-1].start - self.done)
-
-    def _smaller_from(self) -> int | None:
-        """The round before which the phase's smaller program is entered; None where it is not."""
-        phase, following = self.phases[self.phase], self.phases[self.phase + 1 : self.phase + 2]
-        due = self.entered + self.conduct.compile_ahead
-        until = following[0].start if following else self.conduct.rounds
-        return due if phase.smaller is not None and (due < until or due == self.entered) else None
 
     def _enter(self, server: Tree, line: dict, say: Callable[[str], None]) -> None:
         """Goes on with this server under self.plan; clients start anew where what they keep has another form."""
@@ -230,24 +212,14 @@ class Course:
         if tree.form(wanted) != tree.form(jax.eval_shape(lambda x: tree.take(x, 0), self.state.owns)):
             self._place_owns(algorithm, say)
             own = jax.jit(algorithm.init)(self._phase_key(self.phase))[1]
-            self.state = self.state._replace(owns=everyones(own, self.conduct.clients))
-            if self.hosted:
-                self.state = self.state._replace(owns=jax.tree.map(np.array, self.state.owns))
-            else:
-                self.state = client_states.divided(self.state, self.conduct.clients, self.mesh)
+            fresh = self.state._replace(owns=everyones(own, self.conduct.clients))
+            self.state = client_states.put_fresh(fresh, self.conduct.clients, self.mesh, self.hosted)
             say(f"what clients keep has another form from round {self.done + 1} on: all start anew")
         self._load_programs(say)
         line["compile_seconds_ahead"] = self.programs.seconds_ahead
 
     def _phase_key(self, phase: int):
         return stream_key(self.conduct.seed, "phase", phase)
-
-    def _algorithm_of(self, phase: int, plan) -> Algorithm:
-        made = self.phases[phase].make
-        key = made, json.dumps(plan)
-        if key not in self._made:
-            self._made[key] = made(plan)
-        return self._made[key]
 
     def _template(self, meta: dict) -> RoundState:
         identity.check(meta.get("run"), self.run, self.checkpoints.directory)
@@ -283,18 +255,11 @@ class Course:
     def _later(self) -> list[str]:
         """The programs that this algorithm will need after some of its rounds."""
         names = ["evaluation"] if self.algorithm.global_model is not None else []
-        last = self.phase + 1 == len(self.phases)
-        adapts = self.conduct.adapt_every or (last and self.conduct.final_adapt)
+        adapts = self.conduct.adapt_every or (self._is_last() and self.conduct.final_adapt)
         return [*names, "adaptation"] if adapts and not self.hosted else names
 
-    def _next_stop(self, limit: int) -> int:
-        conduct, done = self.conduct, self.done
-        stops = [conduct.rounds, limit, done + conduct.block, self._smaller_from() or 0, self._due() or 0]
-        for every in (conduct.eval_every, conduct.adapt_every, conduct.checkpoint_every):
-            if every:
-                stops.append(done - done % every + every)
-        return min(stop for stop in stops if stop > done)
-
-
-def _due(done: int, every: int, last: int | None) -> bool:
-    return done == last or (every > 0 and done % every == 0)
+    def _at(self, due: int) -> list[str]:
+        """The programs that are needed first where the run moves to an algorithm before this round or at the end."""
+        if due == self.conduct.rounds:
+            return ["adaptation"] if self.conduct.final_adapt and not self.hosted else []
+        return ["round"] if self.algorithm.global_model is None else ["round", "evaluation"]

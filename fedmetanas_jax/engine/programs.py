@@ -32,7 +32,7 @@ class Conduct(NamedTuple):
     epochs: int
     at_once: int  # -1: as many as the device's memory allows
     block: int
-    compile_ahead: int
+    compile_ahead: int  # -1: 0, or at the end where compiling does not pay
     client_states: str
     bn_eval: str
     eval_batch: int
@@ -87,12 +87,11 @@ class Programs:
             self.say(f"compiled the {name} in {seconds:.1f} s" + (", the rest of it meanwhile" if begun else ""))
         return self._compiled[name](*arguments)
 
-    def compile_ahead(self, state: RoundState) -> None:
-        """Compiles what a round and an evaluation need before the first one is due; `state` may be its shapes."""
+    def compile_ahead(self, state: RoundState, names: Sequence[str]) -> None:
+        """Compiles these programs before the first one is due; `state` may be its shapes."""
         start = time.perf_counter()
-        self._compiled["round"] = self._compile("round", state, self.data, jax.ShapeDtypeStruct((), jnp.int32))
-        if self.algorithm.global_model is not None:
-            self._compiled["evaluation"] = self._compile("evaluation", *self._to_come("evaluation", state))
+        for name in names:
+            self._compiled[name] = self._compile(name, *self._to_come(name, state))
         self.seconds_ahead = time.perf_counter() - start
 
     def _begin(self, state: RoundState) -> None:
@@ -107,13 +106,15 @@ class Programs:
                 self._begun[name] = self._thread.submit(self._compile, name, *given)
 
     def _to_come(self, name: str, state: RoundState) -> tuple:
-        """The shapes of what the evaluation or the adaptation will be given, from those of a state."""
+        """The shapes of what a program will be given, from those of a state."""
 
         def rows(count: int, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
             return self._shaped((count,), jnp.int32, spec)
 
         seen = evaluate.CALIBRATION if self.conduct.bn_eval == "recalibrated" else None
         number = jax.ShapeDtypeStruct((), jnp.int32)
+        if name == "round":
+            return state, self.data, number
         if name == "adaptation":
             ids = rows(padded(self.conduct.clients, self.mesh), OWN)
             return state, ids, self.data, number, None if seen is None else rows(seen, ALL)

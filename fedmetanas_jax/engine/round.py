@@ -254,7 +254,10 @@ def make_round(
             after = client_states.put(owns, chosen, after, mesh)
         sent = {name: jnp.full(cohort_size, n, jnp.int32) for name, n in traffic(algorithm, server, replies).items()}
         about = {"client": chosen, "rows": data.train_size[chosen], "finite": finite}
-        found = [about, sent | replies.metrics, more, algorithm.report(moved)]
+        measured = sent | replies.metrics
+        if aggregate.secure is not None:  # sums are of whole changes
+            measured["bytes_up"] = sent["bytes_up"]
+        found = [about, measured, more, algorithm.report(moved)]
         names = [name for part in found for name in part]
         if len(set(names)) < len(names):
             raise ValueError(f"a name twice among the metrics of engine, clients, aggregate and report: {names}")

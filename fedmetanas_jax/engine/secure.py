@@ -146,7 +146,7 @@ def check_method(algorithm: Algorithm, report: Tree) -> None:
             "config.aggregate: secure hides single clients' changes, but clients of this method (config.method) also "
             "report to the server one by one; it needs a method without such reports"
         )
-    if algorithm.held is not None:
+    if algorithm.held is not None and not algorithm.held_alike:
         raise UsageError(
             "config.aggregate: secure adds up whole changes, but clients of this method (config.method) are given a "
             "part of the network each, and which part would show; it needs a method without"

@@ -12,6 +12,9 @@ import jax
 # a second on two CPU cores (cifar10_small); 106 s, of the whole supernet's, at 3.8 T a second on an H200.
 COMPILING = {"cpu": 6e11}
 COMPILING_ELSEWHERE = 4e14
+# What a program that leaves out what is pruned takes beside one of what is alive alone, as a share of that one's time:
+# 5.1 and 4.0 s a round of cifar10_small, 42 and 39 ms a step (docs/formulations.md).
+LEAVING_OUT = 0.3
 
 
 class Worth:
@@ -22,6 +25,7 @@ class Worth:
         self.macs_an_image = 0.0  # of a forward pass in it, without what the program skipped
         self.spent = 0.0  # since the last event
         self.in_vain = 0.0  # before it, since the present program was entered
+        self.stays = False  # whether the rounds after the last event are left to the present program
 
     def add(self, lines: list[dict]) -> None:
         """Rounds were made; their records."""
@@ -41,11 +45,16 @@ class Worth:
         price = COMPILING.get(jax.default_backend(), COMPILING_ELSEWHERE)
         return self.in_vain >= price and spared * self.macs_a_round * rounds >= price
 
+    def pays_at_last(self, spared: float, rounds: int) -> bool:
+        """Whether to compile a program for the last `rounds`, if the present one leaves out what is pruned."""
+        price = COMPILING.get(jax.default_backend(), COMPILING_ELSEWHERE)
+        return LEAVING_OUT * (1 - spared) * self.macs_a_round * rounds >= price
+
     def begin(self) -> None:
         """Another program is entered."""
         self.in_vain = 0.0
 
-    def saved(self) -> dict[str, float]:
+    def saved(self) -> dict[str, float | bool]:
         """For a checkpoint."""
         return dict(vars(self))
 
