@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -18,6 +19,7 @@ from fedmetanas_jax.engine import accountant, aggregate, hosts, identity, privac
 from fedmetanas_jax.engine import run as engine
 from fedmetanas_jax.engine.checkpoint import CheckpointError
 from fedmetanas_jax.engine.claim import claim
+from fedmetanas_jax.engine.course import Course
 from fedmetanas_jax.engine.interrupt import interruptible
 from fedmetanas_jax.engine.mesh import CPU_PARTS, clients_mesh
 from fedmetanas_jax.engine.programs import Conduct
@@ -163,9 +165,10 @@ def run(
     stop_after: int | None = None,
     command: str = "the same command",
     sinks: Sinks = NONE,
+    kept: dict | None = None,
 ) -> None:
     """The whole run in `workdir`, begun or resumed. Raises one of FAILURES; KeyboardInterrupt, holding the signal's
-    number, after Ctrl-C, SIGTERM or SIGHUP."""
+    number, after Ctrl-C, SIGTERM or SIGHUP. kept: programs that runs share which differ in their seed alone."""
     with interruptible() as interrupt:
         validate(config)
         prepare_jax(config)
@@ -202,6 +205,7 @@ def run(
                     pictures.draw(lines, graph, workdir, f"{task}, {config.method}, seed {config.seed}")
 
             how = {"workdir": workdir, "mesh": mesh, "stop_after": stop_after, "go_on": command, "sinks": sinks}
+            how["make_course"] = partial(Course, kept=kept)
             try:
                 outcome = engine.run(phases, data, conduct, **how, identity=mine, accepted=accepted)
             except BaseException:

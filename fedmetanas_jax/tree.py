@@ -81,8 +81,8 @@ def all_finite(a: Tree) -> Array:
 
 
 def form(a: Tree) -> tuple:
-    """Structure, shapes and types, to be compared."""
-    return jax.tree.structure(a), [(x.shape, x.dtype) for x in jax.tree.leaves(a)]
+    """Structure, shapes and types, to be compared; hashable."""
+    return jax.tree.structure(a), tuple((x.shape, x.dtype) for x in jax.tree.leaves(a))
 
 
 def nbytes(a: Tree) -> int:

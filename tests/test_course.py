@@ -8,7 +8,7 @@ import pytest
 
 from fedmetanas_jax import build
 from fedmetanas_jax.config import Config
-from fedmetanas_jax.engine import worth
+from fedmetanas_jax.engine import programs, worth
 
 TINY = Config(
     dataset="digits", width=2, cells=1, nodes=1, clients=4, cohort=2, train_size=32, test_size=16, rounds=8, epochs=1,
@@ -102,3 +102,17 @@ def test_where_it_does_not_pay_the_smaller_program_comes_at_the_end(unbroken, tm
     quick = dataclasses.replace(config, final_adapt=False)
     build.run(quick, task="t", workdir=tmp_path / "quick", data_dir=tmp_path, stop_after=3)
     assert [line["round"] for line in records(tmp_path / "quick") if "compile_seconds_ahead" in line] == [2]
+
+
+def test_seeds_share_programs(unbroken, tmp_path, monkeypatch):
+    """A run is given what one of another seed compiled, and compiles nothing; its numbers are its own."""
+    made, lowered = [], programs._lowered
+    monkeypatch.setattr(programs, "_lowered", lambda *given: made.append(given) or lowered(*given))
+    kept: dict = {}
+    for seed in (TINY.seed + 1, TINY.seed):
+        config = dataclasses.replace(TINY, seed=seed, compile_ahead=8)
+        build.run(config, task="t", workdir=tmp_path / str(seed), data_dir=tmp_path, kept=kept, stop_after=4)
+        assert len(made) == 2  # a round and an evaluation
+    found = [timeless(path) for path in (tmp_path / str(TINY.seed), unbroken, tmp_path / str(TINY.seed + 1))]
+    assert found[0] == found[1][:4]
+    assert found[0] != found[2]

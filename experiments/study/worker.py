@@ -2,7 +2,7 @@
 
 As many processes as one likes may do so, on any machines that share the folder. A run that fails is noted in
 failed/ and does not stop the rest; a run whose files are damaged is set aside and begun anew. Seeds of a
-method share their programs through JAX's compilation cache, so a process stays with a method while it can.
+method share their programs, so a process stays with a method while it can.
 """
 
 import _thread
@@ -97,6 +97,7 @@ def work(study: Study, runs: list[Run], data_dir: str | None, say: Callable[[str
 
 def _work(study: Study, runs: list[Run], data_dir: str | None, say, wait: bool, interrupt: Interrupt) -> Done:
     last, finished, failed, said = None, [], [], False
+    kept: dict = {}
     done: set[str] = set()
     while True:
         interrupt.obey()  # also a signal that came when a run was as good as finished
@@ -112,7 +113,9 @@ def _work(study: Study, runs: list[Run], data_dir: str | None, say, wait: bool, 
                 if claim is None or study.finished(run) or study.failure(run):
                     continue
                 say(f"--- {run.name} ({len(done)} of {len(runs)} done)")
-                if _one(study, run, claim, data_dir, say):
+                if _program(run) != last:
+                    kept = {}
+                if _one(study, run, claim, data_dir, say, kept):
                     finished.append(run.name)
                 elif study.failure(run):
                     failed.append(run.name)
@@ -144,7 +147,7 @@ class _taken:
                 self._interrupt.signal = None
 
 
-def _one(study: Study, run: Run, claim, data_dir: str | None, say: Callable[[str], None]) -> bool:
+def _one(study: Study, run: Run, claim, data_dir: str | None, say: Callable[[str], None], kept: dict) -> bool:
     """Whether the run is finished; else it is noted as failed, or somebody else's now."""
     if claim.deaths >= DEATHS:
         _note(study, run, f"{claim.deaths} processes died on it; for want of memory?")
@@ -153,7 +156,7 @@ def _one(study: Study, run: Run, claim, data_dir: str | None, say: Callable[[str
         for attempt in (1, 2):
             clock = time.perf_counter()
             try:
-                build.run(run.config, task=run.name, workdir=study.workdir(run), data_dir=data_dir)
+                build.run(run.config, task=run.name, workdir=study.workdir(run), data_dir=data_dir, kept=kept)
                 break
             except InUseError as error:  # by a process whose claim is void, on a machine that cannot be asked
                 say(f"{error}; leaving it alone")

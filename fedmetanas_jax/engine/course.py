@@ -35,12 +35,14 @@ class Course(Timetable):
         mesh: Mesh | None,
         checkpoints: Checkpoints | SharedCheckpoints,
         run: dict,
+        kept: dict | None = None,
     ):
+        """kept: the programs of runs that differ from this one in their seed alone, which is given more of them."""
         super().__init__(phases, conduct)
         self.mesh, self.checkpoints = mesh, checkpoints
         self.run = run  # its identity, which every checkpoint notes
         self.data = put_data(data, mesh)
-        self._ahead = Ahead()
+        self._ahead, self._kept = Ahead(), {} if kept is None else kept
         self.at_once = None  # as chosen for this phase before the run was broken off: another choice, other bits
         self.lost = 0  # replies that were left out so far for not being finite
         self.records: str | None = None  # digest of the records up to the checkpoint that was restored
@@ -250,7 +252,8 @@ class Course(Timetable):
         self.programs = self._ahead.take(self.algorithm)
         if self.programs is None:
             given = self.conduct, self.data, self.mesh, self.hosted, self.at_once
-            self.programs = Programs(self.algorithm, *given, say, self._later())
+            kept = self._kept.setdefault(json.dumps([self.phase, self.plan]), {})
+            self.programs = Programs(self.algorithm, *given, say, self._later(), kept)
 
     def _later(self) -> list[str]:
         """The programs that this algorithm will need after some of its rounds."""

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from fedmetanas_jax import tree
 from fedmetanas_jax.core import Aggregate, Algorithm, Array, FederatedData, Net, RoundState
 from fedmetanas_jax.engine import evaluate, hosts
 from fedmetanas_jax.engine.mesh import ALL, OWN, free_bytes, padded, put_data, told
@@ -59,8 +60,10 @@ class Programs:
         at_once: int | None,
         say: Callable,
         later: Sequence[str] = (),
+        kept: dict | None = None,
     ):
-        """`at_once` is what was chosen for this algorithm before, None if nothing was."""
+        """`at_once` is what was chosen for this algorithm before, None if nothing was. kept: what runs that differ from
+        this one in their seed alone compiled for the same algorithm, and what is compiled now."""
         self.algorithm, self.conduct, self.data, self.mesh = algorithm, conduct, data, mesh
         self.hosted, self.say = hosted, say
         self._divides = evaluate.dividing(mesh, batch=conduct.eval_batch, bn_eval=conduct.bn_eval)
@@ -68,6 +71,7 @@ class Programs:
         self._number = next(NUMBERS)  # the same on all processes
         self.seconds = self.seconds_ahead = 0.0
         self._compiled: dict = {}
+        self._kept = {} if kept is None else kept
         self._later, self._begun, self._thread = later, {}, ThreadPoolExecutor(1)
         # Small, but operation by operation they would be compiled a hundred times over.
         self.global_model, self.discrete_model, self.report = (
@@ -129,6 +133,15 @@ class Programs:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
     def _compile(self, name: str, *arguments):
+        wanted = name, self.at_once, *tree.form(arguments)
+        if wanted not in self._kept:
+            self._kept[wanted] = self._compile_anew(name, *arguments), self.at_once
+        elif name == "round":
+            self._begin(arguments[0])
+        compiled, self.at_once = self._kept[wanted]
+        return compiled
+
+    def _compile_anew(self, name: str, *arguments):
         if name == "round" and self.at_once is None:
             return self._compile_as_many_as_fit(*arguments)
         lowered = _lowered(self._made(name, self.at_once or 0), *arguments)
