@@ -168,7 +168,7 @@ def run(
     kept: dict | None = None,
 ) -> None:
     """The whole run in `workdir`, begun or resumed. Raises one of FAILURES; KeyboardInterrupt, holding the signal's
-    number, after Ctrl-C, SIGTERM or SIGHUP. kept: programs that runs share which differ in their seed alone."""
+    number, after Ctrl-C, SIGTERM or SIGHUP. kept: programs that runs share which differ in seed or split alone."""
     with interruptible() as interrupt:
         validate(config)
         prepare_jax(config)
@@ -215,7 +215,7 @@ def run(
                 raise
             draw()
             if outcome is not None:
-                deliver.finish(config, dataset, chosen, data, outcome, workdir=workdir)
+                deliver.finish(config, dataset, chosen, data, outcome, workdir=workdir, kept=kept)
                 sinks.end(outcome.summary)
 
 

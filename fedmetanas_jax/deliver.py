@@ -1,6 +1,7 @@
 """What a finished run leaves: the genotype and a picture of it, the network as one file, and the figures."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -19,11 +20,22 @@ from fedmetanas_jax.nas import genotype as genotypes
 from fedmetanas_jax.nas import mask as masks
 from fedmetanas_jax.nas import picture
 
+ASKED = 64  # test images whose answers are compared, of the run's program and of the file
+
 
 def finish(
-    config: Config, dataset: Dataset, chosen: Architecture, data: FederatedData, outcome: Outcome, *, workdir: Path
+    config: Config,
+    dataset: Dataset,
+    chosen: Architecture,
+    data: FederatedData,
+    outcome: Outcome,
+    *,
+    workdir: Path,
+    kept: dict | None = None,
 ) -> None:
-    """Writes result.json and, of a method with a network that serves everybody, what that network is."""
+    """Writes result.json and, of a method with a network that serves everybody, what that network is. kept: programs,
+    as `build.run` has them."""
+    kept = {} if kept is None else kept
     algorithm, summary = outcome.algorithm, outcome.summary
     if (workdir / "partition.json").exists():  # else nobody here knows what clients hold
         majority = json.loads((workdir / "partition.json").read_text())["majority_accuracy"]
@@ -34,20 +46,43 @@ def finish(
         net = served(outcome.state.server)
         if config.bn_eval == "recalibrated":
             rows = calibration_rows(data, outcome.state.seed, outcome.state.round - 1, config.cohort)
-            # Jitted, here and below: operation by operation a hundred small programs would be compiled.
-            recalibrated = jax.jit(recalibrate, static_argnums=(0, 3))
-            net = recalibrated(algorithm.forward, net, data.image[rows], config.eval_batch)
-        summary |= _network(dataset, chosen, data, algorithm, outcome.plan, net, workdir)
+
+            def recalibrated(net, image):
+                return recalibrate(algorithm.forward, net, image, config.eval_batch)
+
+            net = _compiled(kept, "recalibration", outcome.plan, recalibrated, net, data.image[rows])
+
+        def logits(net, image):
+            return algorithm.forward(net, image, False)[0]
+
+        expected = _compiled(kept, "logits", outcome.plan, logits, net, data.image[data.central[:ASKED]])
+        summary |= _network(dataset, chosen, data, algorithm, outcome.plan, net, np.asarray(expected), workdir)
     write_json(workdir / "result.json", summary)
     print(_last_words(summary, workdir))
 
 
+def _compiled(kept: dict, name: str, plan, function: Callable, *arguments):
+    """function(*arguments), by a program: operation by operation a hundred small ones would be compiled."""
+    wanted = name, json.dumps(plan), *tree.form(arguments)
+    if wanted not in kept:
+        kept[wanted] = jax.jit(function).lower(*arguments).compile()
+    return kept[wanted](*arguments)
+
+
 def _network(
-    dataset: Dataset, chosen: Architecture, data: FederatedData, algorithm: Algorithm, plan, net: Net, workdir: Path
+    dataset: Dataset,
+    chosen: Architecture,
+    data: FederatedData,
+    algorithm: Algorithm,
+    plan,
+    net: Net,
+    expected: np.ndarray,
+    workdir: Path,
 ) -> dict:
-    """Writes the network and its genotype -> the figures of the file, which is read back and asked."""
-    forward = jax.jit(algorithm.forward, static_argnums=2)
-    expected = np.asarray(forward(net, data.image[data.central[:64]], False)[0])
+    """Writes the network and its genotype -> the figures of the file, which is read back and asked.
+
+    expected [n, classes]: what the run's own program answers to the first test images.
+    """
     arguments = chosen.arguments
     if chosen.genotype is not None:
         graph = chosen.space.graph
@@ -76,7 +111,7 @@ def _network(
         "network_accuracy": float(np.mean(answers.argmax(-1) == np.asarray(data.label[data.central]))),
         "network_parameters": int(sum(x.size for x in jax.tree.leaves(net.params))),
         "network_bytes": tree.nbytes((net.params, net.stats)),
-        "network_largest_logit_difference": float(np.max(np.abs(answers[:64] - expected))),
+        "network_largest_logit_difference": float(np.max(np.abs(answers[:ASKED] - expected))),
     }
 
 

@@ -1,8 +1,8 @@
 """Works through the runs of a study: takes one that nobody has, runs or resumes it, takes the next.
 
 As many processes as one likes may do so, on any machines that share the folder. A run that fails is noted in
-failed/ and does not stop the rest; a run whose files are damaged is set aside and begun anew. Seeds of a
-method share their programs, so a process stays with a method while it can.
+failed/ and does not stop the rest; a run whose files are damaged is set aside and begun anew. Seeds of a method share
+their programs, and so do splits whose arrays have the same shapes: a process stays with a method while it can.
 """
 
 import _thread
@@ -194,8 +194,9 @@ def _note(study: Study, run: Run, error: str, trace: str = "") -> None:
 
 
 def _program(run: Run) -> str:
-    """Runs that differ in their seed alone compile the same."""
-    return to_json(to_dict(run.config) | {"seed": None})
+    """Runs that differ in their seed alone compile the same, and those that differ in their split what has the same
+    shapes there."""
+    return to_json(to_dict(run.config) | dict.fromkeys(("seed", "partition", "concentration", "tau")))
 
 
 def _json(path: Path) -> dict | None:

@@ -37,7 +37,7 @@ class Course(Timetable):
         run: dict,
         kept: dict | None = None,
     ):
-        """kept: the programs of runs that differ from this one in their seed alone, which is given more of them."""
+        """kept: the programs of runs that differ from this one in seed or split alone, which is given more of them."""
         super().__init__(phases, conduct)
         self.mesh, self.checkpoints = mesh, checkpoints
         self.run = run  # its identity, which every checkpoint notes

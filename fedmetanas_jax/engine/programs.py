@@ -63,7 +63,7 @@ class Programs:
         kept: dict | None = None,
     ):
         """`at_once` is what was chosen for this algorithm before, None if nothing was. kept: what runs that differ from
-        this one in their seed alone compiled for the same algorithm, and what is compiled now."""
+        this one in seed or split alone compiled for the same algorithm, and what is compiled now."""
         self.algorithm, self.conduct, self.data, self.mesh = algorithm, conduct, data, mesh
         self.hosted, self.say = hosted, say
         self._divides = evaluate.dividing(mesh, batch=conduct.eval_batch, bn_eval=conduct.bn_eval)
