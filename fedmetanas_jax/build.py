@@ -22,7 +22,7 @@ from fedmetanas_jax.engine.claim import claim
 from fedmetanas_jax.engine.course import Course
 from fedmetanas_jax.engine.interrupt import interruptible
 from fedmetanas_jax.engine.mesh import CPU_PARTS, clients_mesh
-from fedmetanas_jax.engine.programs import Conduct
+from fedmetanas_jax.engine.programs import Conduct, Kept
 from fedmetanas_jax.engine.report import NonFiniteError
 from fedmetanas_jax.engine.round import make_round, state_shapes
 from fedmetanas_jax.engine.sinks import NONE, Sinks
@@ -165,7 +165,7 @@ def run(
     stop_after: int | None = None,
     command: str = "the same command",
     sinks: Sinks = NONE,
-    kept: dict | None = None,
+    kept: Kept | None = None,
 ) -> None:
     """The whole run in `workdir`, begun or resumed. Raises one of FAILURES; KeyboardInterrupt, holding the signal's
     number, after Ctrl-C, SIGTERM or SIGHUP. kept: programs that runs share which differ in seed or split alone."""

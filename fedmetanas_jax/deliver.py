@@ -13,6 +13,7 @@ from fedmetanas_jax.config import Config
 from fedmetanas_jax.core import Algorithm, FederatedData, Net
 from fedmetanas_jax.data.dataset import Dataset
 from fedmetanas_jax.engine.evaluate import calibration_rows, recalibrate
+from fedmetanas_jax.engine.programs import Kept
 from fedmetanas_jax.engine.records import WorkdirError, versions
 from fedmetanas_jax.engine.run import Outcome
 from fedmetanas_jax.files import write_json, write_text
@@ -31,11 +32,11 @@ def finish(
     outcome: Outcome,
     *,
     workdir: Path,
-    kept: dict | None = None,
+    kept: Kept | None = None,
 ) -> None:
     """Writes result.json and, of a method with a network that serves everybody, what that network is. kept: programs,
     as `build.run` has them."""
-    kept = {} if kept is None else kept
+    kept, of = kept or Kept(), json.dumps(outcome.plan)
     algorithm, summary = outcome.algorithm, outcome.summary
     if (workdir / "partition.json").exists():  # else nobody here knows what clients hold
         majority = json.loads((workdir / "partition.json").read_text())["majority_accuracy"]
@@ -50,23 +51,25 @@ def finish(
             def recalibrated(net, image):
                 return recalibrate(algorithm.forward, net, image, config.eval_batch)
 
-            net = _compiled(kept, "recalibration", outcome.plan, recalibrated, net, data.image[rows])
+            net = _compiled(kept, ("recalibration", of), recalibrated, net, data.image[rows])
 
         def logits(net, image):
             return algorithm.forward(net, image, False)[0]
 
-        expected = _compiled(kept, "logits", outcome.plan, logits, net, data.image[data.central[:ASKED]])
+        expected = _compiled(kept, ("logits", of), logits, net, data.image[data.central[:ASKED]])
         summary |= _network(dataset, chosen, data, algorithm, outcome.plan, net, np.asarray(expected), workdir)
     write_json(workdir / "result.json", summary)
     print(_last_words(summary, workdir))
 
 
-def _compiled(kept: dict, name: str, plan, function: Callable, *arguments):
+def _compiled(kept: Kept, name: tuple[str, str], function: Callable, *arguments):
     """function(*arguments), by a program: operation by operation a hundred small ones would be compiled."""
-    wanted = name, json.dumps(plan), *tree.form(arguments)
-    if wanted not in kept:
-        kept[wanted] = jax.jit(function).lower(*arguments).compile()
-    return kept[wanted](*arguments)
+    wanted = *name, *tree.form(arguments)
+    program = kept.get(wanted)
+    if program is None:
+        program = jax.jit(function).lower(*arguments).compile()
+        kept.put(wanted, program)
+    return program(*arguments)
 
 
 def _network(

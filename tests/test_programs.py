@@ -31,11 +31,11 @@ def start():
     return algorithm, init_state(algorithm, 0, CLIENTS), toy.make_data(CLIENTS)
 
 
-def compiled(start, free, monkeypatch, at_once=None):
+def compiled(start, free, monkeypatch, at_once=None, kept=None):
     algorithm, state, data = start
     said = []
     monkeypatch.setattr(engine, "free_bytes", lambda: free)
-    programs = engine.Programs(algorithm, CONDUCT, data, None, False, at_once, said.append)
+    programs = engine.Programs(algorithm, CONDUCT, data, None, False, at_once, said.append, kept=kept)
     programs("round", jax.tree.map(jnp.copy, state), data, jnp.int32(1))
     return programs.at_once, said
 
@@ -57,6 +57,25 @@ def test_as_many_as_fit(start, monkeypatch):
 
 def test_a_resumed_run_takes_what_was_chosen(start, monkeypatch):
     assert compiled(start, 10**9, monkeypatch, at_once=2)[0] == 2
+
+
+def test_a_run_that_is_given_programs_computes_as_many_as_they_do(start, monkeypatch):
+    kept = engine.Kept()
+    some, _ = compiled(start, 20 * 10**6, monkeypatch, kept=kept)
+    monkeypatch.setattr(engine, "_lowered", lambda *given: pytest.fail("something is compiled"))
+    assert compiled(start, 10**6, monkeypatch, kept=kept)[0] == some
+
+
+def test_what_the_last_run_did_not_use_is_not_kept():
+    kept = engine.Kept()
+    for run in range(3):
+        kept.next_run()
+        assert (kept.get("shared") is None) == (run == 0)
+        kept.put("shared", "a program")
+        assert kept.get(run) is None  # of a network that this run alone found
+        kept.put(run, "a program")
+    kept.next_run()
+    assert [kept.get(name) is None for name in ("shared", 0, 1, 2)] == [False, True, True, False]
 
 
 @pytest.mark.parametrize("collects", [True, False])

@@ -22,6 +22,7 @@ from fedmetanas_jax.config import to_dict
 from fedmetanas_jax.engine import records
 from fedmetanas_jax.engine.checkpoint import CheckpointError
 from fedmetanas_jax.engine.interrupt import Interrupt, interruptible
+from fedmetanas_jax.engine.programs import Kept
 from fedmetanas_jax.engine.records import RECORDS, InUseError, WorkdirError
 from fedmetanas_jax.files import beside, to_json, write_json
 from fedmetanas_jax.options import UsageError
@@ -97,7 +98,7 @@ def work(study: Study, runs: list[Run], data_dir: str | None, say: Callable[[str
 
 def _work(study: Study, runs: list[Run], data_dir: str | None, say, wait: bool, interrupt: Interrupt) -> Done:
     last, finished, failed, said = None, [], [], False
-    kept: dict = {}
+    kept = Kept()
     done: set[str] = set()
     while True:
         interrupt.obey()  # also a signal that came when a run was as good as finished
@@ -113,8 +114,7 @@ def _work(study: Study, runs: list[Run], data_dir: str | None, say, wait: bool, 
                 if claim is None or study.finished(run) or study.failure(run):
                     continue
                 say(f"--- {run.name} ({len(done)} of {len(runs)} done)")
-                if _program(run) != last:
-                    kept = {}
+                kept = kept if _program(run) == last else Kept()
                 if _one(study, run, claim, data_dir, say, kept):
                     finished.append(run.name)
                 elif study.failure(run):
@@ -147,7 +147,7 @@ class _taken:
                 self._interrupt.signal = None
 
 
-def _one(study: Study, run: Run, claim, data_dir: str | None, say: Callable[[str], None], kept: dict) -> bool:
+def _one(study: Study, run: Run, claim, data_dir: str | None, say: Callable[[str], None], kept: Kept) -> bool:
     """Whether the run is finished; else it is noted as failed, or somebody else's now."""
     if claim.deaths >= DEATHS:
         _note(study, run, f"{claim.deaths} processes died on it; for want of memory?")
@@ -156,6 +156,7 @@ def _one(study: Study, run: Run, claim, data_dir: str | None, say: Callable[[str
         for attempt in (1, 2):
             clock = time.perf_counter()
             try:
+                kept.next_run()
                 build.run(run.config, task=run.name, workdir=study.workdir(run), data_dir=data_dir, kept=kept)
                 break
             except InUseError as error:  # by a process whose claim is void, on a machine that cannot be asked

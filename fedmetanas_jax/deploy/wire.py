@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import msgpack
 
-PROTOCOL = 1
+PROTOCOL = 2  # since 2, what is pruned does not travel
 METHOD = "/fedmetanas.Federation/Join"
 CHUNK = 1 << 20  # bytes of a payload in one frame
 HEADER = 1 << 18  # most bytes of a map; a plan of a large supernet has 10 kB

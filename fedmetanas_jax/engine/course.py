@@ -16,7 +16,7 @@ from fedmetanas_jax.engine.accountant import Account
 from fedmetanas_jax.engine.ahead import Ahead
 from fedmetanas_jax.engine.checkpoint import Checkpoints
 from fedmetanas_jax.engine.mesh import put_data
-from fedmetanas_jax.engine.programs import Conduct, Programs
+from fedmetanas_jax.engine.programs import Conduct, Kept, Programs
 from fedmetanas_jax.engine.round import cohort, everyones, init_state, state_shapes, stream_key
 from fedmetanas_jax.engine.shared_checkpoints import SharedCheckpoints
 from fedmetanas_jax.engine.timetable import Timetable, falls_due
@@ -35,14 +35,14 @@ class Course(Timetable):
         mesh: Mesh | None,
         checkpoints: Checkpoints | SharedCheckpoints,
         run: dict,
-        kept: dict | None = None,
+        kept: Kept | None = None,
     ):
-        """kept: the programs of runs that differ from this one in seed or split alone, which is given more of them."""
+        """kept: the programs of runs that differ from this one in seed or split alone."""
         super().__init__(phases, conduct)
         self.mesh, self.checkpoints = mesh, checkpoints
         self.run = run  # its identity, which every checkpoint notes
         self.data = put_data(data, mesh)
-        self._ahead, self._kept = Ahead(), {} if kept is None else kept
+        self._ahead, self._kept = Ahead(), kept or Kept()
         self.at_once = None  # as chosen for this phase before the run was broken off: another choice, other bits
         self.lost = 0  # replies that were left out so far for not being finite
         self.records: str | None = None  # digest of the records up to the checkpoint that was restored
@@ -252,8 +252,8 @@ class Course(Timetable):
         self.programs = self._ahead.take(self.algorithm)
         if self.programs is None:
             given = self.conduct, self.data, self.mesh, self.hosted, self.at_once
-            kept = self._kept.setdefault(json.dumps([self.phase, self.plan]), {})
-            self.programs = Programs(self.algorithm, *given, say, self._later(), kept)
+            of = json.dumps([self.phase, self.plan])
+            self.programs = Programs(self.algorithm, *given, say, self._later(), self._kept, of)
 
     def _later(self) -> list[str]:
         """The programs that this algorithm will need after some of its rounds."""

@@ -44,6 +44,31 @@ class Conduct(NamedTuple):
     aggregate: Aggregate = MEAN
 
 
+class Kept:
+    """What runs that differ in seed or split alone compiled, for the next of them.
+
+    Only what the last one used: programs of the networks that single runs find would pile up, and a process has room
+    for the code of some fifteen supernets' (Linux's vm.max_map_count).
+    """
+
+    def __init__(self):
+        self._before, self._now = {}, {}
+
+    def get(self, name):
+        """The program of this name, which is hashable and says all that it depends on; None: there is none."""
+        if name not in self._now and name in self._before:
+            self._now[name] = self._before[name]
+        return self._now.get(name)
+
+    def put(self, name, program) -> None:
+        """Another program."""
+        self._now[name] = program
+
+    def next_run(self) -> None:
+        """Another run begins."""
+        self._before, self._now = self._now, {}
+
+
 class Programs:
     """The compiled programs of one algorithm; compiling is announced, and the seconds that a run waits for it are kept.
 
@@ -60,10 +85,11 @@ class Programs:
         at_once: int | None,
         say: Callable,
         later: Sequence[str] = (),
-        kept: dict | None = None,
+        kept: Kept | None = None,
+        of: str = "",
     ):
-        """`at_once` is what was chosen for this algorithm before, None if nothing was. kept: what runs that differ from
-        this one in seed or split alone compiled for the same algorithm, and what is compiled now."""
+        """`at_once` is what was chosen for this algorithm before, None if nothing was. kept: programs, also of other
+        runs; `of` says which algorithm of theirs this one is."""
         self.algorithm, self.conduct, self.data, self.mesh = algorithm, conduct, data, mesh
         self.hosted, self.say = hosted, say
         self._divides = evaluate.dividing(mesh, batch=conduct.eval_batch, bn_eval=conduct.bn_eval)
@@ -71,7 +97,7 @@ class Programs:
         self._number = next(NUMBERS)  # the same on all processes
         self.seconds = self.seconds_ahead = 0.0
         self._compiled: dict = {}
-        self._kept = {} if kept is None else kept
+        self._kept, self._of = kept or Kept(), of
         self._later, self._begun, self._thread = later, {}, ThreadPoolExecutor(1)
         # Small, but operation by operation they would be compiled a hundred times over.
         self.global_model, self.discrete_model, self.report = (
@@ -133,13 +159,15 @@ class Programs:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
     def _compile(self, name: str, *arguments):
-        wanted = name, self.at_once, *tree.form(arguments)
-        if wanted not in self._kept:
-            self._kept[wanted] = self._compile_anew(name, *arguments), self.at_once
+        wanted = self._of, name, self.at_once if name in ("round", "adaptation") else None, *tree.form(arguments)
+        found = self._kept.get(wanted)
+        if found is None:
+            found = self._compile_anew(name, *arguments), self.at_once
+            self._kept.put(wanted, found)
         elif name == "round":
+            self.at_once = found[1]
             self._begin(arguments[0])
-        compiled, self.at_once = self._kept[wanted]
-        return compiled
+        return found[0]
 
     def _compile_anew(self, name: str, *arguments):
         if name == "round" and self.at_once is None:
