@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fedmetanas_jax import tree
 from fedmetanas_jax.core import Array, Setting, Tree
 
 
@@ -129,7 +130,7 @@ def drawn_alone(optimizer: optax.GradientTransformation, moved: Callable) -> opt
     def update(updates: Sampled, state, params=None):
         here = moved(updates.times)
         steps, new = optimizer.update(updates.gradient, state, params)
-        held = jax.tree.map(lambda step, moves: jnp.where(moves, step, 0), steps, here)
+        held = tree.only(here, steps)
         moves = optax.tree.map_params(
             optimizer, lambda x, m: x if _is_masked(x) else m, new, here,
             transform_non_params=lambda _: True, is_leaf=_is_masked,

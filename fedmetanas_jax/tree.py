@@ -33,6 +33,11 @@ def where(condition: Array, a: Tree, b: Tree) -> Tree:
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
 
 
+def only(here: Tree, x: Tree) -> Tree:
+    """x where the tree of bool `here`, which broadcasts to it, is True, else 0."""
+    return jax.tree.map(lambda held, leaf: jnp.where(held, leaf, 0), here, x)
+
+
 def lerp(a: Tree, b: Tree, share: float) -> Tree:
     """(1 - share) a + share b: one step of an exponential moving average. Where a = b it stays, to the bit."""
     return jax.tree.map(lambda x, y: jnp.where(x == y, x, (1 - share) * x + share * y), a, b)

@@ -201,6 +201,27 @@ def test_a_round_adds_what_its_clients_learnt():
     assert metrics["clipped"].shape == (1, 5)
 
 
+def test_what_all_clients_lack_alike_is_not_sent_down_but_added_up_as_zeros():
+    """Where clients lack different parts, which would show, they are refused."""
+    some = toy.ALGORITHM._replace(held=lambda sent: {"params": jax.tree.map(lambda x: jnp.array(False), sent.params)})
+    state, given = engine.init_state(some, 0, 7), (toy.make_data(), jnp.int32(1))
+    sizes = {}
+    for name, text in (("plain", "mean"), ("secure", "clip:1:1:1,secure")):
+        how = {"cohort_size": 5, "at_once": 1, "aggregate": aggregate.parse(text)}
+        alike = engine.make_round(some._replace(held_alike=True), **how)
+        metrics = alike(jax.tree.map(jnp.copy, state), *given)[1]
+        sizes[name] = {way: int(metrics[f"bytes_{way}"][0][0]) for way in ("up", "down")}
+    params = tree.nbytes(state.server.params)
+    assert sizes["secure"]["down"] == sizes["plain"]["down"] == whole_message(state) - params
+    assert sizes["secure"]["up"] == sizes["plain"]["up"] + params
+    with pytest.raises(UsageError, match="which part would show"):
+        jax.eval_shape(engine.make_round(some, **how), state, *given)
+
+
+def whole_message(state) -> int:
+    return tree.nbytes(jax.eval_shape(lambda: toy.ALGORITHM.send(state.server, jnp.int32(0), jax.random.key(0))))
+
+
 def test_several_devices_have_the_bits_of_one():
     data, found = toy.make_data(7), []
     for mesh in (None, clients_mesh(4)):

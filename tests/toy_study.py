@@ -23,7 +23,7 @@ def runs(rows=("fedavg", "fedrep"), seeds=(1, 2, 3), rounds=4) -> list[plan.Run]
     return [plan.run(SCALES["minutes"], *cell, {"rounds": rounds}) for cell in where]
 
 
-def run(config, *, task: str, workdir: Path, data_dir, kept: dict | None = None, pause: float = 0.0) -> None:
+def run(config, *, task: str, workdir: Path, data_dir, kept=None, pause: float = 0.0) -> None:
     """In place of `build.run`: begins or goes on, and, as that, writes a line a round and result.json at the end."""
     workdir.mkdir(parents=True, exist_ok=True)
     with open(workdir / ".lock", "w") as lock:  # as the real one has it, so that it ends with the process

@@ -115,7 +115,7 @@ def drawing(
             learnt, given = {"params": params, "stats": stats}, held(sent)
             change = {part: tree.sub(learnt[part], getattr(sent, part)) for part in learnt}
             # Weight decay moves what was not given, too; it is to stay to the bit.
-            change = jax.tree.map(lambda here, x: jnp.where(here, x, 0), given, change)
+            change = tree.only(given, change)
             macs = rest + jnp.sum(mix * each.astype(np.float32))
             metrics["macs"] = 3 * macs * metrics["image_gradients"]  # a backward pass costs about two forward passes
             return Reply(change, jnp.sum(data.weight), own, Report(sent.child, reward), metrics | {"reward": reward})

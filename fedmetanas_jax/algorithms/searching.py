@@ -118,18 +118,17 @@ def searching(
                 gradient = _counting_macs(gradient, *sample.macs(space, plan))
                 optimizer = drawn_alone(optimizer, partial(moved, sent))
             variables, stats, metrics = train(gradient, optimizer, sent, data, key)
-            if prunes and not sampled:
+            if skips and not sampled:
                 rest, each = sample.macs(space, plan)
-                alive = rest + jnp.sum(each * masks.live(graph, sent.mask).op)
-                metrics["macs"] = alive if skips else jnp.float32(net.macs)
+                metrics["macs"] = rest + jnp.sum(each * masks.live(graph, sent.mask).op)
+            elif prunes and not sampled:  # said too, since a server that skips expects it of clients that cannot
+                metrics["macs"] = jnp.float32(net.macs)
             if prunes or sampled:
                 metrics["macs"] *= 3 * metrics["image_gradients"]  # a backward pass costs about two forward passes
             learnt = variables | {"stats": stats}
             change = {part: tree.sub(learnt[part], getattr(sent, part)) for part in learnt}
             if prunes:  # weight decay moves what is pruned, too, which is not sent
-                given = held(sent)
-                kept = {part: change[part] for part in given}
-                change |= jax.tree.map(lambda here, x: jnp.where(here, x, 0), given, kept)
+                change |= {part: tree.only(here, change[part]) for part, here in held(sent).items()}
             return Reply(change, jnp.sum(data.weight), own, (), metrics)
 
         def server_update(server: Server, merged) -> Server:

@@ -43,7 +43,7 @@ class Ahead:
         if hosted:
             chosen = np.arange(conduct.cohort)
             state = state._replace(owns=jax.eval_shape(tree.take, state.owns, chosen))
-        say(f"compiling the {' and the '.join(names)} after round {due} meanwhile")
+        say(f"compiling the {' and the '.join(names)} meanwhile, for after round {due}")
         self._compiling = self._compiler.submit(self._programs.compile_ahead, told(state, mesh, hosted), names)
 
     def take(self, algorithm: Algorithm) -> Programs | None:
