@@ -221,6 +221,8 @@ class Phase(NamedTuple):
     smaller: Callable | None = None  # server -> the plan of the smallest program that computes what this server calls
     #   for. When the run moves there is the engine's affair; None: never
     carry: Callable | None = None  # (server, plan, smaller plan) -> server: what that program keeps of it
+    shared: Callable | None = None  # (server, plan) -> (plan, server) of a program that computes the same of whatever
+    #   network was found, more slowly: what runs share that give single networks no programs of their own
     ends: str = ""  # what entering it brings to an end, "search", where its weights start anew: what came before is
     #   then measured in full a last time, and the run's result has it under this name. "": the weights go on
 

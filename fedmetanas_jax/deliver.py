@@ -18,7 +18,6 @@ from fedmetanas_jax.engine.records import WorkdirError, versions
 from fedmetanas_jax.engine.run import Outcome
 from fedmetanas_jax.files import write_json, write_text
 from fedmetanas_jax.nas import genotype as genotypes
-from fedmetanas_jax.nas import mask as masks
 from fedmetanas_jax.nas import picture
 
 ASKED = 64  # test images whose answers are compared, of the run's program and of the file
@@ -93,8 +92,6 @@ def _network(
         net = net._replace(mix=genotypes.to_mix(graph, chosen.genotype))
     elif algorithm.space is not None:
         space, arguments = algorithm.space, arguments | algorithm.space.size
-        if algorithm.discrete_model is None:  # it was made with this plan, each operation at weight 1
-            net = net._replace(mix=np.asarray(masks.of_plan(space.graph, plan).op, np.float32))
         genotype = genotypes.of_mix(space.graph, net.mix)
         write_genotype(chosen, genotype, workdir)
         text = genotypes.to_text(space.graph, genotype)

@@ -8,7 +8,7 @@ import numpy as np
 
 COMMON = {
     "width": 2, "cells": 1, "nodes": 1, "train_size": 32, "test_size": 16, "rounds": 10, "epochs": 1,
-    "checkpoint_every": 1, "eval_every": 5, "batch": 8, "block": 1, "at_once": 1, "bn_eval": "running",
+    "checkpoint_every": 1, "eval_every": 5, "batch": 8, "block": 1, "at_once": 1, "devices": 1, "bn_eval": "running",
     "final_adapt": "false",
 }  # fmt: skip
 PRUNING = {

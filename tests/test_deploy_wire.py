@@ -206,7 +206,7 @@ def test_what_is_no_message_ends_the_connection_with_a_reason(hub, frames, said)
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"protocol": 0}, "it speaks protocol 0, this server 1"),
+        ({"protocol": 0}, f"it speaks protocol 0, this server {wire.PROTOCOL}"),
         ({"version": "0.0.1"}, "it has version 0.0.1"),
         ({"run": "cd" * 32}, "of another run"),
         ({"name": ""}, "it has no name"),

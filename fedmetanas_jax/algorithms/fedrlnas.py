@@ -10,11 +10,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from fedmetanas_jax import local, tree
-from fedmetanas_jax.algorithms import averaging
+from fedmetanas_jax.algorithms import averaging, found
 from fedmetanas_jax.algorithms.checks import check
 from fedmetanas_jax.algorithms.drawing import Rewarded, drawing, judges
-from fedmetanas_jax.algorithms.fedavg import fedavg
-from fedmetanas_jax.core import Alpha, Array, Net, Phase, SearchSpace, Setting, Tree
+from fedmetanas_jax.core import Alpha, Array, Phase, SearchSpace, Setting, Tree
 from fedmetanas_jax.nas import mask as masks
 from fedmetanas_jax.nas import policy as policies
 from fedmetanas_jax.nas import relax, sample
@@ -121,19 +120,11 @@ def fedrlnas(
         report=report,
     )
 
-    def found(server: Server, plan, key):
+    def enter(server: Server, plan, key):
         child = masks.plan_of(graph, masks.terminal(graph, server.policy.alpha, masks.full(graph)))
         params, stats = (space.carry_over(x, plan, child) for x in (server.params, server.stats))
         return child, averaging.Server(server.round, params, stats)
 
-    def make_found(plan):
-        base = fedavg(space.derive(plan), setting)
-
-        def served(server) -> Net:
-            return Net(server.params, server.stats, masks.of_plan(graph, plan).op.astype(jnp.float32))
-
-        return base._replace(depth="epochs", global_model=served, discrete_model=served, space=space)
-
     border = max(1, round(search * setting.rounds))
     first = Phase(0, lambda server, plan, key: (masks.full_plan(graph), None), make)
-    return [first, Phase(border, found, make_found, "prune")] if border < setting.rounds else [first]
+    return [first, found.training(space, setting, border, enter, "prune")] if border < setting.rounds else [first]

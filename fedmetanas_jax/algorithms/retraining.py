@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from fedmetanas_jax.algorithms.fedavg import fedavg
-from fedmetanas_jax.core import Algorithm, Phase, Plan, SearchSpace, Setting
+from fedmetanas_jax.algorithms import found
+from fedmetanas_jax.core import Phase, SearchSpace, Setting
 
 MOST = {"width": 65_536, "cells": 1_000}  # as of a task's network in config.py, which says why
 
@@ -44,7 +44,7 @@ def retrain(
     size = {"length" if name == "cells" else name: value for name, value in size.items()}
     sized, rest = space.resized(**size), setting._replace(rounds=setting.rounds - start)
 
-    def make(plan: Plan) -> Algorithm:
-        return fedavg(sized.derive(plan), rest)._replace(space=sized, depth="epochs")
+    def enter(server, plan, key):
+        return decode(server), None
 
-    return Phase(start, lambda server, plan, key: (decode(server), None), make, "retrain", ends="search")
+    return found.training(sized, rest, start, enter, "retrain", ends="search", show=False)

@@ -132,6 +132,8 @@ class Course(Timetable):
         plan, server = phase.enter(self.state.server, self.plan, key)
         if server is None:
             server, _ = jax.jit(self._algorithm_of(self.phase + 1, plan).init)(key)
+        if phase.shared is not None and self._shares():
+            plan, server = phase.shared(server, plan)
         if phase.tolerance is not None:
             cost = self.cost(server)
             line["event_cost_on_training_images"] = cost

@@ -66,6 +66,10 @@ class Timetable:
         until = following[0].start if following else self.conduct.rounds
         return due if due < until or due == self.entered else None
 
+    def _shares(self) -> bool:
+        """Whether no network gets a program of its own any more: the run would move to one after its last round."""
+        return self.conduct.compile_ahead > 0 and self.done + self.conduct.compile_ahead >= self.conduct.rounds
+
     def _stays(self, server: Tree) -> bool:
         """Whether the rounds after the last event are left to the present program: it computes what is alive alone,
         and is nearly as fast as one of nothing else, which is not worth compiling for them."""
