@@ -224,7 +224,7 @@ def make_round(
 
     A mesh takes the changes in the cohort's order, as one device does, so it adds no rounding of its own.
     The same bits come out where the clients are worked on in the same groups (always for at_once=1), as far as XLA
-    compiles a client's work alike on one device and on several; of a supernet it did on one kind of CPU, not on another.
+    compiles a client's work alike on one device and on several: a supernet's it did on one kind of CPU, not on another.
     ValueError for a block below 1 and, at the first call, for a cohort or an `at_once` that cannot be and for
     a name that two of the metrics use; UsageError there for an aggregate that is wrong for the method; AssertionError
     for a method that changes structure, shapes or types of its server or of what clients keep.
