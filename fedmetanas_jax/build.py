@@ -215,7 +215,7 @@ def run(
                 raise
             draw()
             if outcome is not None:
-                deliver.finish(config, dataset, chosen, data, outcome, workdir=workdir, kept=kept)
+                deliver.finish(dataset, chosen, data, outcome, workdir=workdir)
                 sinks.end(outcome.summary)
 
 

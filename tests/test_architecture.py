@@ -94,7 +94,7 @@ def test_a_run_with_states_on_the_host_and_a_pause_is_the_run_on_the_device(geno
     assert last["local_accuracy_by_depth"]["epoch"] == last["local_accuracy_by_depth"]["epochs"]  # E = 1
 
     result = json.loads((runs / "device" / "result.json").read_text())
-    assert result["network_largest_logit_difference"] < 1e-4
+    assert result["network_largest_loss_difference"] < 1e-4
     assert load(runs / "device" / "network.npz").predict(np.zeros((3, 8, 8, 1), np.uint8)).shape == (3,)
     assert genotypes.from_json((runs / "device" / "genotype.json").read_text()) == GENOTYPE
 

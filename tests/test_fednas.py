@@ -330,7 +330,7 @@ def test_what_a_run_leaves(tmp_path):
     for stop_after in (3, None):
         build.run(config, task="t", workdir=workdir, data_dir=tmp_path, stop_after=stop_after)
     result = json.loads((workdir / "result.json").read_text())
-    assert result["network_largest_logit_difference"] < 1e-4
+    assert result["network_largest_loss_difference"] < 1e-4
     assert result["network_accuracy"] == pytest.approx(result["server_accuracy"], abs=2e-2)
     search = result["search"]
     assert search["server_accuracy_discrete"] == search["server_accuracy_discrete_running"]

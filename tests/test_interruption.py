@@ -111,7 +111,7 @@ def test_what_a_run_leaves(unbroken):
     }  # fmt: skip
     result = json.loads((unbroken / "result.json").read_text())
     assert result["server_accuracy"] == pytest.approx(result["network_accuracy"], abs=1e-6)
-    assert result["network_largest_logit_difference"] < 1e-4
+    assert result["network_largest_loss_difference"] < 1e-4
     assert result["versions"]["jax"]
 
 

@@ -53,7 +53,7 @@ def run(monkeypatch, tmp_path, factory, config: Config) -> tuple[list[dict], dic
 def test_a_line_in_the_list_of_methods_is_enough_to_run_it(monkeypatch, tmp_path):
     lines, result, _ = run(monkeypatch, tmp_path, fedprox_from_nothing.mine, TINY)
     assert [line["round"] for line in lines] == [1, 2, 3, 4]
-    assert result["network_largest_logit_difference"] < 1e-4
+    assert result["network_largest_loss_difference"] < 1e-4
 
 
 def test_so_it_is_for_a_search(monkeypatch, tmp_path):
@@ -63,7 +63,7 @@ def test_so_it_is_for_a_search(monkeypatch, tmp_path):
     assert lines[-1]["ops_alive"] == 4  # two edges of one node, in both cell types
     assert lines[1]["alpha_max"] > lines[0]["alpha_max"] > 0.12  # of 8 operations; they are learnt
     assert result["server_accuracy"] == result["server_accuracy_discrete"]
-    assert result["network_largest_logit_difference"] < 1e-4
+    assert result["network_largest_loss_difference"] < 1e-4
     assert set(genotypes.from_json((workdir / "genotype.json").read_text())) == {"normal", "reduce"}
 
 
@@ -83,7 +83,7 @@ def test_fedmetanas_searches_another_space_with_nothing_changed(tmp_path):
     assert lines[1]["event_ops_alive"] == 6
     assert lines[0]["pairs_alive"] == 0
     result = json.loads((workdir / "result.json").read_text())
-    assert result["network_largest_logit_difference"] < 1e-4
+    assert result["network_largest_loss_difference"] < 1e-4
     found = genotypes.from_json((workdir / "genotype.json").read_text())
     assert [len(node) for node in found["cell"]] == [1, 2, 3]
     assert (workdir / "cells.png").stat().st_size > 1000

@@ -114,7 +114,9 @@ def _work(study: Study, runs: list[Run], data_dir: str | None, say, wait: bool, 
                 if claim is None or study.finished(run) or study.failure(run):
                     continue
                 say(f"--- {run.name} ({len(done)} of {len(runs)} done)")
-                kept = kept if _program(run) == last else Kept()
+                if _program(run) != last:
+                    kept = Kept()
+                    jax.clear_caches()  # what JAX itself keeps; a process has room for the code of few networks
                 if _one(study, run, claim, data_dir, say, kept):
                     finished.append(run.name)
                 elif study.failure(run):
@@ -173,7 +175,6 @@ def _one(study: Study, run: Run, claim, data_dir: str | None, say: Callable[[str
             finally:
                 seconds = (study.spent(run) or 0.0) + time.perf_counter() - clock
                 write_json(study.path / "spent" / f"{run.name}.json", {"seconds": seconds})
-                jax.clear_caches()
         outcome(run, study.workdir(run))  # what is finished can be read
         return True
     except KeyboardInterrupt:

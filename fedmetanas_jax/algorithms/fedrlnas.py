@@ -7,6 +7,7 @@ the policy learns from how good they were. There is no delay compensation: all c
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from fedmetanas_jax import local, tree
@@ -122,7 +123,8 @@ def fedrlnas(
 
     def enter(server: Server, plan, key):
         child = masks.plan_of(graph, masks.terminal(graph, server.policy.alpha, masks.full(graph)))
-        params, stats = (space.carry_over(x, plan, child) for x in (server.params, server.stats))
+        both = jax.device_get((server.params, server.stats))  # on the device every slice would be a program of its own
+        params, stats = (space.carry_over(x, plan, child) for x in both)
         return child, averaging.Server(server.round, params, stats)
 
     border = max(1, round(search * setting.rounds))

@@ -138,7 +138,7 @@ def serve(
                 raise
             hub.close("done", rounds=config.rounds)
             draw()
-            deliver.finish(config, dataset, chosen, data, outcome, workdir=workdir)
+            deliver.finish(dataset, chosen, data, outcome, workdir=workdir)
             sinks.end(outcome.summary)
 
 

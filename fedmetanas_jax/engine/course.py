@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fedmetanas_jax import tree
-from fedmetanas_jax.core import Algorithm, FederatedData, Phase, RoundState, Tree
+from fedmetanas_jax.core import Algorithm, FederatedData, Net, Phase, RoundState, Tree
 from fedmetanas_jax.engine import client_states, hosts, identity, measure, report
 from fedmetanas_jax.engine.accountant import Account
 from fedmetanas_jax.engine.ahead import Ahead
@@ -22,6 +23,14 @@ from fedmetanas_jax.engine.shared_checkpoints import SharedCheckpoints
 from fedmetanas_jax.engine.timetable import Timetable, falls_due
 
 SAVED = ("phase", "plan", "at_once", "entered", "put_off")  # of a Course, beside its state and what a program costs
+
+
+class Served(NamedTuple):
+    """The network that a run leaves, as it was measured."""
+
+    net: Net  # with the statistics that it was measured with
+    loss: np.ndarray  # [q] of each of the server's test images, nats
+    plan: object  # of the algorithm that it is of
 
 
 class Course(Timetable):
@@ -45,6 +54,7 @@ class Course(Timetable):
         self._ahead, self._kept = Ahead(), kept or Kept()
         self.at_once = None  # as chosen for this phase before the run was broken off: another choice, other bits
         self.lost = 0  # replies that were left out so far for not being finite
+        self._served: Served | None = None
         self.records: str | None = None  # digest of the records up to the checkpoint that was restored
         noise = conduct.aggregate.noise
         self.account = None if noise is None else Account(noise, conduct.clients, conduct.cohort)
@@ -98,6 +108,7 @@ class Course(Timetable):
         conduct = self.conduct
         if falls_due(self.done, conduct.eval_every, conduct.rounds):
             line |= measure.networks(self.programs, self.state)
+            self._served = self._measured()
             if self.account is not None:
                 line |= self.account.spent(self.done)
         if falls_due(self.done, conduct.adapt_every, conduct.rounds if conduct.final_adapt else None):
@@ -111,6 +122,15 @@ class Course(Timetable):
             clock = time.perf_counter()
             before = self._move_on(line, self.programs.say)
             self.programs.seconds += before + time.perf_counter() - clock
+
+    def served(self) -> Served | None:
+        """At the end: the network that serves everybody, pruned where the method prunes; None where there is none."""
+        if self._served is None:  # a run that had ended before
+            measure.networks(self.programs, self.state)
+        return self._served or self._measured()
+
+    def _measured(self) -> Served | None:
+        return None if self.programs.measured is None else Served(*self.programs.measured, self.plan)
 
     def cost(self, server: Tree) -> float:
         """Accuracy on clients' training images that the state loses with another server."""

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from fedmetanas_jax.core import Algorithm, Array, Depth, Examples, FederatedData, Net, RoundState
+from fedmetanas_jax.core import Algorithm, Array, Depth, Examples, FederatedData, Net, RoundState, Tree
 from fedmetanas_jax.engine import hosts
 from fedmetanas_jax.engine.mesh import ALL, OWN, STATE, mean_of_devices, on_mesh, padded, put_data
 from fedmetanas_jax.engine.round import apart, cohort, map_some, stream_key, train_examples
@@ -30,6 +30,7 @@ class Correct(NamedTuple):
 
     correct: Array  # [q] bool
     loss: Array  # [q] float32, cross entropy
+    stats: Tree = ()  # of batch norm, where they were recalibrated for it
 
 
 def check_bn_eval(bn_eval: str) -> None:
@@ -93,9 +94,10 @@ def make_evaluate(algorithm: Algorithm, *, batch: int, bn_eval: str, mesh: Mesh 
         place = 0 if mesh is None else jax.lax.axis_index(mesh.axis_names)
         mine = (size - place + devices - 1) // devices  # rows go round the devices, one to each
         given = data.image[rows], data.label[rows], mine
-        return Correct(*answers(algorithm.forward, net, *given, batch, bn_eval == "batch"))
+        found = answers(algorithm.forward, net, *given, batch, bn_eval == "batch")
+        return Correct(*found, net.stats if bn_eval == "recalibrated" else ())
 
-    return jax.jit(on_mesh(share, mesh, (ALL, ALL, OWN, ALL, OWN), OWN))
+    return jax.jit(on_mesh(share, mesh, (ALL, ALL, OWN, ALL, OWN), Correct(OWN, OWN, ALL)))
 
 
 def dividing(mesh: Mesh | None, *, batch: int, bn_eval: str) -> Mesh | None:

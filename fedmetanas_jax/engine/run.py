@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from fedmetanas_jax.core import Algorithm, FederatedData, Phase, RoundState
 from fedmetanas_jax.engine import hosts, records, report
 from fedmetanas_jax.engine.checkpoint import Checkpoints
-from fedmetanas_jax.engine.course import Course
+from fedmetanas_jax.engine.course import Course, Served
 from fedmetanas_jax.engine.interrupt import interruptible
 from fedmetanas_jax.engine.programs import Conduct
 from fedmetanas_jax.engine.progress import Progress
@@ -30,6 +30,7 @@ class Outcome(NamedTuple):
     plan: object  # the last algorithm's; JSON
     state: RoundState
     summary: dict  # {} on other processes than the first one
+    served: Served | None  # what it leaves; None where there is no network for everybody
 
 
 def run(
@@ -102,7 +103,10 @@ def run(
                     course.save(written.text())
     # Once more as strictly as on resuming: in a long run somebody may have moved the file away.
     summary = report.summarize(records.resume(log, conduct.rounds, written.text())) if leads else {}
-    return Outcome(course.algorithm, course.plan, hosts.here(course.state), summary)
+    served = course.served()
+    if served is not None:
+        served = served._replace(net=hosts.here(served.net))
+    return Outcome(course.algorithm, course.plan, hosts.here(course.state), summary, served)
 
 
 def _checkpoints(directory: Path) -> Checkpoints | SharedCheckpoints:
