@@ -118,8 +118,9 @@ class Config:
     )
     compile_ahead: int = _field(
         -1,
-        "rounds between a prune event and its smaller program, which is compiled meanwhile; 0: the run waits for it; "
-        "-1: 20, on CPU 0 or, where it is not worth compiling for the last rounds, at the end",
+        "rounds between a prune event and its smaller program, which is compiled meanwhile; as many as are left: there "
+        "is none; 0: the run waits for it; -1: 20, on CPU 0 or, where it is not worth compiling for the last rounds, "
+        "at the end",
         least=-1,
         how=True,
     )

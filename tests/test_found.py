@@ -122,14 +122,13 @@ def test_networks_have_programs_of_their_own_unless_the_run_ends_first(tmp_path,
     assert resumed.plan == outcome.plan
 
 
-@pytest.mark.parametrize("method", ["fednas", "fedrlnas"])
-def test_another_seed_compiles_nothing(tmp_path, monkeypatch, method):
+def test_another_seed_compiles_nothing(tmp_path, monkeypatch):
     lowered, kept = Mock(wraps=programs._lowered), programs.Kept()
     monkeypatch.setattr(programs, "_lowered", lowered)
     config = Config(
-        method=method, dataset="digits", width=2, cells=1, nodes=1, clients=4, cohort=2, train_size=32, test_size=16,
-        rounds=4, epochs=1, batch=8, augment=(), at_once=1, devices=1, eval_every=0, checkpoint_every=2, lr=0.1,
-        final_adapt=False, compile_ahead=4,
+        method="fedrlnas", dataset="digits", width=2, cells=1, nodes=1, clients=4, cohort=2, train_size=32,
+        test_size=16, rounds=4, epochs=1, batch=8, augment=(), at_once=1, devices=1, eval_every=0, lr=0.1,
+        checkpoint_every=2, final_adapt=False, compile_ahead=4,
     )  # fmt: skip
     counts = []
     for seed, ahead in ((1, 4), (2, 4), (2, 0)):

@@ -10,7 +10,7 @@ import toy
 
 from fedmetanas_jax.build import one_phase
 from fedmetanas_jax.core import Array, Phase, Tree
-from fedmetanas_jax.engine import worth
+from fedmetanas_jax.engine import evaluate, worth
 from fedmetanas_jax.engine.mesh import clients_mesh
 from fedmetanas_jax.engine.round import cohort, stream_key
 
@@ -128,6 +128,18 @@ def test_an_event_that_was_put_off_ends_in_its_smaller_program(tmp_path, ahead):
         assert outcome.plan == "small"
         small = [line["macs"] == 3 * line["image_gradients"] for line in lines]
         assert small == [False] * (4 + ahead) + [True] * (3 - ahead)
+
+
+def test_what_an_event_costs_is_measured_on_no_image_twice(monkeypatch, tmp_path):
+    seen, drawn = [], evaluate.calibration_rows
+    monkeypatch.setattr(evaluate, "calibration_rows", lambda *given: seen.append(drawn(*given)) or seen[-1])
+    said: list = []
+    toy.run(events(["harmless"]), DATA, tmp_path / "run", said)
+    assert [line.get("event_cost_on_training_images") for line in records(said)] == [None, 0.0, None, None]
+    held = np.concatenate([row[:n] for row, n in zip(DATA.train, DATA.train_size, strict=True)])
+    assert len(seen) == 2  # before and after
+    for rows in seen:
+        np.testing.assert_array_equal(np.sort(rows), np.sort(held))  # as often as clients hold them
 
 
 SHRINKING = {2: 9, 4: 8, 6: 5, 8: 4, 10: 1}  # multiply-adds of an image from an event on, of 10
