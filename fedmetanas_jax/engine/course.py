@@ -125,7 +125,7 @@ class Course(Timetable):
 
     def served(self) -> Served | None:
         """At the end: the network that serves everybody, pruned where the method prunes; None where there is none."""
-        if self._served is None:  # a run that had ended before
+        if self._served is None and self.programs.measured is None:  # a run that had ended before
             measure.networks(self.programs, self.state)
         return self._served or self._measured()
 

@@ -44,13 +44,6 @@ class Conduct(NamedTuple):
     aggregate: Aggregate = MEAN
 
 
-class Measured(NamedTuple):
-    """A network that serves everybody, and what was found of it."""
-
-    net: Net  # with the statistics that it was measured with
-    loss: np.ndarray  # [q] of each of the server's test images, nats
-
-
 class Kept:
     """What runs that differ in seed or split alone compiled, for the next of them.
 
@@ -103,7 +96,7 @@ class Programs:
         self.at_once = conduct.at_once if conduct.at_once >= 0 else at_once
         self._number = next(NUMBERS)  # the same on all processes
         self.seconds = self.seconds_ahead = 0.0
-        self.measured: Measured | None = None  # the last one
+        self.measured: tuple[Net, np.ndarray] | None = None  # by `accuracies`, the last time
         self._compiled: dict = {}
         self._kept, self._of = kept or Kept(), of
         self._later, self._begun, self._thread = later, {}, ThreadPoolExecutor(1)
@@ -225,10 +218,10 @@ class Programs:
         return seconds
 
     def accuracies(self, net: Net, state: RoundState) -> tuple[float, dict, float]:
-        """(server accuracy, local accuracies without adaptation, loss) of one network for everybody, which is then
-        `measured`."""
+        """(server accuracy, local accuracies without adaptation, loss) of one network for everybody. `measured` is then
+        it, with the statistics that it had, and its loss on each of the server's test images."""
         correct, loss, stats = self._answers(net, state, self.data.central)
-        self.measured = Measured(net._replace(stats=stats) if jax.tree.leaves(stats) else net, loss)
+        self.measured = net._replace(stats=stats) if jax.tree.leaves(stats) else net, loss
         local = evaluate.summary(evaluate.local_accuracy(jnp.asarray(correct), self.data))
         return float(np.mean(correct)), floats(local), float(np.mean(loss))
 
@@ -245,7 +238,7 @@ class Programs:
         return float(np.mean(found.correct))
 
     def training_accuracy(self, net: Net, state: RoundState) -> float:
-        """Of training images drawn from all clients' in this round, none twice, by the same program."""
+        """Of training images drawn from all clients' in this round, no client's twice, by the same program."""
         count = min(evaluate.JUDGES, int(np.sum(np.asarray(self.data.train_size))))
         rows = self._drawn(state, self.conduct.clients, count)
         return float(np.mean(self._answers(net, state, rows).correct))
