@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from fedmetanas_jax import deliver, environment, pictures
 from fedmetanas_jax.algorithms import ALGORITHMS
 from fedmetanas_jax.architecture import Architecture, make_architecture, searches
-from fedmetanas_jax.config import FILE, SIZED, Config, may_change, to_dict, validate
+from fedmetanas_jax.config import FILE, SIZED, Config, alike, may_change, to_dict, validate
 from fedmetanas_jax.core import Algorithm, FederatedData, Phase, Setting
 from fedmetanas_jax.data import federated, manifest, natural, partition, picture, sources
 from fedmetanas_jax.data.augment import augmenter
@@ -168,7 +168,7 @@ def run(
     kept: Kept | None = None,
 ) -> None:
     """The whole run in `workdir`, begun or resumed. Raises one of FAILURES; KeyboardInterrupt, holding the signal's
-    number, after Ctrl-C, SIGTERM or SIGHUP. kept: programs that runs share which differ in seed or split alone."""
+    number, after Ctrl-C, SIGTERM or SIGHUP. kept: programs of runs before, of which those `alike` share theirs."""
     with interruptible() as interrupt:
         validate(config)
         prepare_jax(config)
@@ -205,7 +205,7 @@ def run(
                     pictures.draw(lines, graph, workdir, f"{task}, {config.method}, seed {config.seed}")
 
             how = {"workdir": workdir, "mesh": mesh, "stop_after": stop_after, "go_on": command, "sinks": sinks}
-            how["make_course"] = partial(Course, kept=kept)
+            how["make_course"] = partial(Course, kept=kept and kept.next_run(alike(config)))
             try:
                 outcome = engine.run(phases, data, conduct, **how, identity=mine, accepted=accepted)
             except BaseException:

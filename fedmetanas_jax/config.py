@@ -5,6 +5,7 @@ the keyword-only arguments of its factory and travel in `Config.options`.
 """
 
 import dataclasses
+import json
 import typing
 from typing import Any, Literal
 
@@ -215,6 +216,12 @@ def to_dict(config: Config) -> dict:
     plain = dataclasses.asdict(config)
     plain["options"] = {name: _listed(value) for name, value in config.options.items()}
     return {name: _listed(value) for name, value in plain.items()}
+
+
+def alike(config: Config) -> str:
+    """The same for configs that differ in their seed alone, which compile the same, and in their split, which do where
+    arrays have the same shapes."""
+    return json.dumps(to_dict(config) | dict.fromkeys(("seed", "partition", "concentration", "tau")))
 
 
 def from_dict(plain: dict) -> Config:

@@ -110,7 +110,6 @@ def test_seeds_share_programs(unbroken, tmp_path, monkeypatch):
     monkeypatch.setattr(programs, "_lowered", lambda *given: made.append(given) or lowered(*given))
     kept = programs.Kept()
     for seed in (TINY.seed + 1, TINY.seed):
-        kept.next_run()
         config = dataclasses.replace(TINY, seed=seed, compile_ahead=8)
         build.run(config, task="t", workdir=tmp_path / str(seed), data_dir=tmp_path, kept=kept, stop_after=4)
         assert len(made) == 2  # a round and an evaluation

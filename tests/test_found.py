@@ -132,7 +132,6 @@ def test_another_seed_compiles_nothing(tmp_path, monkeypatch):
     )  # fmt: skip
     counts = []
     for seed, ahead in ((1, 4), (2, 4), (2, 0)):
-        kept.next_run()
         changed = dataclasses.replace(config, seed=seed, compile_ahead=ahead)
         build.run(changed, task="t", workdir=tmp_path / f"{seed}{ahead}", data_dir=tmp_path, kept=kept)
         counts.append(lowered.call_count)

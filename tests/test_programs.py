@@ -69,13 +69,15 @@ def test_a_run_that_is_given_programs_computes_as_many_as_they_do(start, monkeyp
 def test_what_the_last_run_did_not_use_is_not_kept():
     kept = engine.Kept()
     for run in range(3):
-        kept.next_run()
+        kept.next_run("a method")
         assert (kept.get("shared") is None) == (run == 0)
         kept.put("shared", "a program")
         assert kept.get(run) is None  # of a network that this run alone found
         kept.put(run, "a program")
-    kept.next_run()
+    kept.next_run("a method")
     assert [kept.get(name) is None for name in ("shared", 0, 1, 2)] == [False, True, True, False]
+    kept.next_run("another, whose programs may bear the same names")
+    assert kept.get("shared") is None
 
 
 @pytest.mark.parametrize("collects", [True, False])

@@ -18,13 +18,13 @@ from typing import NamedTuple
 import jax
 
 from fedmetanas_jax import build
-from fedmetanas_jax.config import to_dict
+from fedmetanas_jax.config import alike
 from fedmetanas_jax.engine import records
 from fedmetanas_jax.engine.checkpoint import CheckpointError
 from fedmetanas_jax.engine.interrupt import Interrupt, interruptible
 from fedmetanas_jax.engine.programs import Kept
 from fedmetanas_jax.engine.records import RECORDS, InUseError, WorkdirError
-from fedmetanas_jax.files import beside, to_json, write_json
+from fedmetanas_jax.files import beside, write_json
 from fedmetanas_jax.options import UsageError
 from study.claims import Claims
 from study.outcome import curve, outcome
@@ -106,22 +106,21 @@ def _work(study: Study, runs: list[Run], data_dir: str | None, say, wait: bool, 
         left = [run for run in runs if run.name not in done and not study.failure(run)]
         held = study.claims.held()
         free = [run for run in left if run.name not in held]
-        busy = {_program(run) for run in left if run.name in held}
+        busy = {alike(run.config) for run in left if run.name in held}
         # What this process has programs for; then what nobody is compiling at the moment.
-        free.sort(key=lambda run: (_program(run) != last, _program(run) in busy))
+        free.sort(key=lambda run: (alike(run.config) != last, alike(run.config) in busy))
         for run in free:
             with _taken(study, run, interrupt) as claim:
                 if claim is None or study.finished(run) or study.failure(run):
                     continue
                 say(f"--- {run.name} ({len(done)} of {len(runs)} done)")
-                if _program(run) != last:
-                    kept = Kept()
+                if alike(run.config) != last:
                     jax.clear_caches()  # what JAX itself keeps; a process has room for the code of few networks
                 if _one(study, run, claim, data_dir, say, kept):
                     finished.append(run.name)
                 elif study.failure(run):
                     failed.append(run.name)
-            last, said = _program(run), False
+            last, said = alike(run.config), False
             break
         else:
             if not left or not wait:
@@ -158,7 +157,6 @@ def _one(study: Study, run: Run, claim, data_dir: str | None, say: Callable[[str
         for attempt in (1, 2):
             clock = time.perf_counter()
             try:
-                kept.next_run()
                 build.run(run.config, task=run.name, workdir=study.workdir(run), data_dir=data_dir, kept=kept)
                 break
             except InUseError as error:  # by a process whose claim is void, on a machine that cannot be asked
@@ -193,12 +191,6 @@ def _note(study: Study, run: Run, error: str, trace: str = "") -> None:
     when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     said = {"error": error, "host": socket.gethostname(), "when": when, "traceback": trace}
     write_json(study.path / "failed" / f"{run.name}.json", said)
-
-
-def _program(run: Run) -> str:
-    """Runs that differ in their seed alone compile the same, and those that differ in their split what has the same
-    shapes there."""
-    return to_json(to_dict(run.config) | dict.fromkeys(("seed", "partition", "concentration", "tau")))
 
 
 def _json(path: Path) -> dict | None:

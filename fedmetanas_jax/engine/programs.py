@@ -52,7 +52,7 @@ class Kept:
     """
 
     def __init__(self):
-        self._before, self._now = {}, {}
+        self._before, self._now, self._alike = {}, {}, ""
 
     def get(self, name):
         """The program of this name, which is hashable and says all that it depends on; None: there is none."""
@@ -64,9 +64,11 @@ class Kept:
         """Another program."""
         self._now[name] = program
 
-    def next_run(self) -> None:
-        """Another run begins."""
-        self._before, self._now = self._now, {}
+    def next_run(self, alike: str) -> "Kept":
+        """Another run begins; programs of runs for which `alike` was something else are none of its own."""
+        self._before, self._now = self._now if alike == self._alike else {}, {}
+        self._alike = alike
+        return self
 
 
 class Programs:
