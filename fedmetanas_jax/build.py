@@ -130,13 +130,12 @@ def _dealt(config: Config, dataset: sources.Dataset) -> partition.Partition:
 
 
 def federate(config: Config, dataset: sources.Dataset, parts: partition.Partition) -> FederatedData:
-    """The images with everybody's rows, of lengths that are the same for every seed, or nearly always: then the seeds
-    of an experiment share their compiled programs. What label skew deals out, and what clients have of their own, is
-    rounded up to whole batches. What a file deals out is as long as it was in the run that left the file, since the
-    order in which a client sees its images depends on that."""
+    """The images with everybody's rows, in arrays that are as long for every seed, or nearly always: then the seeds of
+    an experiment share their compiled programs, and splits theirs. Where clients have what they have, under label skew
+    and of their own, that is as many batches as the next power of two: what is past a client's rows costs nothing."""
     if parts.dealing.get("kind", config.partition) not in SIZED:
-        longest = (max(map(len, rows)) for rows in (parts.train, parts.test))
-        return federated.federate(dataset, parts, tuple(-(-rows // config.batch) * config.batch for rows in longest))
+        batches = (-(-max(map(len, rows)) // config.batch) for rows in (parts.train, parts.test))
+        return federated.federate(dataset, parts, tuple(config.batch << (n - 1).bit_length() for n in batches))
     least = (0, 0) if config.partition.endswith(FILE) else (config.train_size, config.test_size)
     return federated.federate(dataset, parts, least)
 

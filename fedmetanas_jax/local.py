@@ -1,7 +1,8 @@
 """What a client does with its own rows: batches and tasks of them, the loss, epochs of an optimizer.
 
 Everything here is written for one client and keeps its shapes whatever the client's size: a client holds n
-padded rows, the real ones marked by `weight`, and a step that has no real row changes nothing.
+padded rows, the real ones marked by `weight`, and a step that has no real row is not taken. How long the padding is
+says nothing: what is drawn for a row, a step or an epoch depends on the real rows alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -82,10 +83,11 @@ def _halves(key: Array, weight: Array, batch: int) -> tuple[Array, Array]:
     rows, real = epoch_batches(order_key, weight[::2], batch)
     odd = weight[1::2]
 
+    size, place = jnp.sum(odd > 0), jnp.arange(batch)
+
     def drawn(key):
-        place = jnp.arange(batch) % max(odd.shape[0], 1)
-        order = _shuffled(key, odd)[place]
-        return 2 * order + 1, jnp.where(jnp.arange(batch) < odd.shape[0], odd[order], 0.0)
+        order = _shuffled(key, odd)[place % jnp.maximum(size, 1)]
+        return 2 * order + 1, jnp.where(place < size, odd[order], 0.0)
 
     other, counted = jax.vmap(drawn)(jax.random.split(key, len(rows)))
     here = jnp.any(real > 0, axis=1, keepdims=True)  # a step without training rows is none
@@ -139,6 +141,7 @@ class Gradient(NamedTuple):
     of: Callable  # (variables, stats, batches, key) -> (gradients, moments shaped as stats, metrics {name: []}), with
     #   as many batches, Examples of [b, ...], as `passes` is long
     passes: tuple[int, ...] = (1,)  # how often each batch of a step goes forward and backward
+    metrics: tuple[str, ...] = ("loss", "accuracy")  # the names of those of `of`, which must be known before it runs
 
     @property
     def batches(self) -> int:
@@ -173,12 +176,15 @@ def fit(
 ) -> tuple[Tree, Tree, dict]:
     """Passes of `optimizer` along `gradient` over a client's rows, from a fresh optimizer state (D-30).
 
-    A gradient of one batch sees every row once an epoch; one of several sees them cut into `tasks` (D-7). A
-    step without a real row changes nothing. Running stats <- (1 - momentum) stats + momentum moments, once a step.
+    A gradient of one batch sees every row once an epoch; one of several sees them cut into `tasks` (D-7). Steps
+    without a real row, of a client with fewer rows than others, are not taken: one after another, clients cost what
+    they have, and side by side what the largest has. Running stats <- (1 - momentum) stats + momentum moments, once a
+    step.
     Several gradients, with as many optimizers, take turns in every step on the same batches: each is taken where the
     one before has moved the variables. Moments and metrics are the last one's.
     epochs: as many as the setting says where it is None.
-    steps: stop after so many, a traced number, so that one program trains to any depth; None is all of them.
+    steps: stop after so many of those that the largest client takes, a traced number, so that one program trains to
+      any depth: k epochs of the largest are k epochs of everybody. None is all of them.
     Returns variables, stats and, where `steps` is None, metrics: those of the gradient as means over the real rows of
     the steps, and "image_gradients", the real images that went through a forward and backward pass.
     """
@@ -193,11 +199,16 @@ def fit(
         rows, weight = (x[:, None] for x in all_batches(order_key, data.weight, setting.batch, epochs))
     else:
         rows, weight = all_tasks(order_key, data.weight, setting.batch, epochs, tasks, parts)
-    xs = rows, weight, jax.random.split(step_key, len(rows))
+    real = jnp.any(weight > 0, axis=(1, 2))
+    taken = jnp.argsort(~real)  # those with a real row, which are taken, come first and in order
+    xs = rows[taken], weight[taken], jax.random.split(step_key, len(rows))
+    # A step counts by its rows, which are the first batch's (those of a task are alike full, but for a half that is
+    # held back). As a share of a batch, so that full steps count exactly 1.
+    share = jnp.sum(weight[taken, 0], axis=1) / setting.batch
 
-    def step(carry, x):
+    def step(i, carry):
         variables, stats, states = carry
-        rows, weight, key = x
+        rows, weight, key = tree.take(xs, i)
         *keys, loss_key = jax.random.split(key, parts + 1)
         turn_keys = [loss_key] if len(gradients) == 1 else jax.random.split(loss_key, len(gradients))
         batches = [
@@ -211,35 +222,40 @@ def fit(
             variables = optax.apply_updates(variables, updates)
             after.append(state)
         stepped = variables, tree.lerp(stats, moments, momentum), after
-        # Without a real row the gradient is 0, yet momentum and weight decay would still move the weights.
+        # Never in vain, so always true. Without it XLA rounds a step otherwise, and no recorded run would be repeated.
         return tree.where(jnp.any(weight > 0), stepped, carry), metrics
 
     start = variables, stats, [o.init(variables) for o in optimizers]
     if steps is not None:
-        limit = jnp.minimum(steps, len(rows))
-        variables, stats, _ = jax.lax.fori_loop(0, limit, lambda i, carry: step(carry, tree.take(xs, i))[0], start)
+        limit = jnp.sum(real & (jnp.arange(len(real)) < steps))
+        variables, stats, _ = jax.lax.fori_loop(0, limit, lambda i, carry: step(i, carry)[0], start)
         return variables, stats, {}
-    (variables, stats, _), metrics = jax.lax.scan(step, start, xs)
-    # A step counts by its rows, which are the first batch's (those of a task are alike full, but for a half that is
-    # held back). As a share of a batch, so that full steps count exactly 1.
-    share = jnp.sum(weight[:, 0], axis=1) / setting.batch
-    metrics = {name: _weighted(jnp.where(share > 0, values, 0.0), share) for name, values in metrics.items()}
+
+    def counted(i, both):
+        carry, sums = both
+        carry, metrics = step(i, carry)
+        if set(metrics) != set(sums):
+            raise ValueError(f"a gradient has metrics {', '.join(metrics)} but is said to have {', '.join(sums)}")
+        return carry, {name: sums[name] + share[i] * value for name, value in metrics.items()}
+
+    both = start, dict.fromkeys(gradients[-1].metrics, jnp.float32(0))
+    (variables, stats, _), sums = jax.lax.fori_loop(0, jnp.sum(real), counted, both)
+    total = jnp.sum(share)
+    metrics = {name: value / jnp.where(total > 0, total, 1.0) for name, value in sums.items()}
     seen = jnp.sum(weight > 0, axis=(0, 2), dtype=jnp.float32)
     return variables, stats, metrics | {"image_gradients": jnp.sum(seen * passes)}
 
 
-def steps_a_round(rows: int, batches: int, setting: Setting, tasks: Tasks = "pairs") -> int:
-    """The steps of `fit` along a gradient of so many batches for a client that holds `rows`."""
+def steps_a_round(weight: Array, batches: int, setting: Setting, tasks: Tasks = "pairs") -> Array:
+    """[] int32: the steps of `fit` along a gradient of so many batches for a client whose rows weigh `weight` [n], the
+    real ones first."""
+    size = jnp.sum(weight > 0, dtype=jnp.int32)
     if batches == 1:
-        return setting.epochs * -(-rows // setting.batch)
+        return setting.epochs * -(-size // setting.batch)
     if tasks == "halves":
-        return setting.epochs * -(-((rows + 1) // 2) // setting.batch)
-    return setting.epochs * (1 if tasks == "one" else rows // (batches * setting.batch))
-
-
-def steps_taken(weight: Array, batch: int, epochs: int) -> Array:
-    """[] float32: the steps of `fit` that have a real row, ceil(n_k / batch) an epoch; weight [n]."""
-    return epochs * jnp.ceil(jnp.sum(weight > 0) / batch)
+        return setting.epochs * -(-((size + 1) // 2) // setting.batch)
+    whole = size // (batches * setting.batch)
+    return setting.epochs * (jnp.minimum(whole, 1) if tasks == "one" else whole)
 
 
 def head_of(model: Model, names: tuple[str, ...] | None) -> tuple[str, ...]:

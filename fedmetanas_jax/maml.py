@@ -139,12 +139,13 @@ def gradient(
     To be descended along by `local.fit`, whose tasks then have a support and a query batch and, with "hf", a third.
     ValueError for "hf" with another M than 1.
     """
+    names = "loss", "accuracy", "support_loss"
     if order != "hf":
         of = partial(_of_a_task, partial(meta_gradient, steps=M, order=order), loss, optimizer)
-        return local.Gradient(of, passes=(M, 1))
+        return local.Gradient(of, (M, 1), names if M else names[:2])
     if M != 1:
         raise ValueError(f"the Hessian-free meta gradient takes 1 inner step, not {M}")
-    return local.Gradient(partial(_of_a_task, hessian_free_gradient, loss, optimizer), passes=(1, 1, 2))
+    return local.Gradient(partial(_of_a_task, hessian_free_gradient, loss, optimizer), (1, 1, 2), names)
 
 
 def _of_a_task(way, loss, optimizer, variables, stats, batches, key):

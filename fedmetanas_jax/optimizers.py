@@ -78,7 +78,7 @@ def correct(correction: Tree) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, _: jax.tree.map(jnp.add, updates, correction))
 
 
-def adam(lr: float, weight_decay: float, b1: float = 0.5) -> optax.GradientTransformation:
+def adam(lr: float | Array, weight_decay: float, b1: float = 0.5) -> optax.GradientTransformation:
     """Adam with L2 decay in the gradient, as PyTorch has it, and DARTS's betas: what architecture parameters take."""
     decay = optax.add_decayed_weights(weight_decay)
     return optax.chain(decay, optax.scale_by_adam(b1=b1, b2=0.999), optax.scale_by_learning_rate(lr))

@@ -104,11 +104,11 @@ def test_more_clients_than_there_are_are_refused():
     assert said.startswith("a client has 12 training images, but fedmetanas needs 13 of every client")
 
 
-def test_a_natural_federation_is_padded_to_whole_batches_and_named(tmp_path):
+def test_a_natural_federation_is_padded_to_a_power_of_two_of_batches_and_named(tmp_path):
     parts = dealt(partition="natural")
     data = build.federate(config(partition="natural"), OWNED, parts)
     assert data.train_size.tolist() == [12, 24, 24]
-    assert data.train.shape == (3, 24)
+    assert data.train.shape == (3, 32)  # 3 batches of 8, so 4
     assert data.test.shape == (3, 8)
     for client, name in enumerate((0, 1, 4)):
         assert np.all(OWNED.train_client[np.asarray(data.train[client])] == name)

@@ -60,7 +60,7 @@ def test_a_shared_program_does_what_the_networks_own_does():
         replies.append([client(s, (), train_examples(DATA, k), jax.random.key(k)) for k in (0, 1)])
     for wanted, got in zip(*replies, strict=True):
         for part in ("params", "stats"):
-            close(kept(got.change[part]), wanted.change[part], atol=1e-5)
+            close(kept(got.change[part]), wanted.change[part], atol=2e-4)
             here = algorithm.held(shared)[part]
             same(tree.only(jax.tree.map(jnp.logical_not, here), got.change[part]), tree.zeros_like(got.change[part]))
             assert tree.global_norm(wanted.change[part]) > 0.01
@@ -69,7 +69,7 @@ def test_a_shared_program_does_what_the_networks_own_does():
         assert got.metrics["image_gradients"] == wanted.metrics["image_gradients"]
     after, now = own.server_update(server, merged(*replies[0])), algorithm.server_update(shared, merged(*replies[1]))
     assert (after.round, now.round) == (1, 1)
-    close(kept(now.params), after.params, atol=1e-5)
+    close(kept(now.params), after.params, atol=2e-4)
     images = DATA.image[DATA.central]
     nets = own.discrete_model(server), algorithm.discrete_model(shared)
     same(nets[0].mix, nets[1].mix)
@@ -79,7 +79,7 @@ def test_a_shared_program_does_what_the_networks_own_does():
         jax.jit(a.personalize)(a.send(s, 1, None), (), rows, key, jnp.int32(3))
         for a, s in ((own, after), (algorithm, now))
     ]
-    close(kept(mine[1].params), mine[0].params, atol=1e-5)
+    close(kept(mine[1].params), mine[0].params, atol=2e-4)
     assert tree.global_norm(tree.sub(mine[0].params, after.params)) > 0.001
 
 

@@ -1,5 +1,6 @@
 """Laws of a client's batches, tasks, optimizer and local epochs."""
 
+import typing
 from functools import lru_cache
 
 import jax
@@ -215,6 +216,37 @@ def test_empty_steps_change_nothing_even_with_momentum_and_decay():
     close(params, alone)
     close(stats, alone_stats)
     close(metrics, alone_metrics)
+
+
+@pytest.mark.parametrize("size", [15, 6])
+@pytest.mark.parametrize("kind", ["batches", *typing.get_args(local.Tasks)])
+def test_how_long_the_padding_is_says_nothing(kind, size):
+    model = toy_model(centred=True)
+    params, stats = model.init(jax.random.key(1))
+    plain, options = local.plain(model_loss(model)), {"setting": Setting(1, 3, 3, noisy), "momentum": model.momentum}
+
+    def of_both(variables, stats, batches, key):
+        return plain.of(variables, stats, [jax.tree.map(lambda *x: jnp.concatenate(x), *batches)], key)
+
+    if kind == "batches":
+        gradient = plain
+    else:
+        options["tasks"], gradient = kind, local.Gradient(of_both, passes=(1, 1))
+
+    @jit
+    def fitted(data, steps=None):
+        return local.fit(gradient, optimizers.sgd(0.1, 0.9, 0.1), params, stats, data, KEY, **options, steps=steps)
+
+    short, long = (examples(n, size=size) for n in (16, 40))
+    long = jax.tree.map(lambda x, y: y.at[:size].set(x[:size]), short, long)
+    close(fitted(short), fitted(long))
+    assert fitted(short)[2]["image_gradients"] > 0
+    close(fitted(short, 2), fitted(long, 2))
+    assert not np.array_equal(*(jax.tree.leaves(fitted(short, n)[0])[0] for n in (0, 1)))
+
+
+def noisy(key, image):
+    return image + jax.random.randint(key, image.shape, 0, 9, image.dtype)
 
 
 def test_a_client_of_padding_alone_is_the_identity():

@@ -11,7 +11,7 @@ import optax
 from fedmetanas_jax import local
 from fedmetanas_jax.algorithms.checks import check
 from fedmetanas_jax.algorithms.searching import Server, searching
-from fedmetanas_jax.core import Mask, Phase, SearchSpace, Setting
+from fedmetanas_jax.core import Array, Mask, Phase, SearchSpace, Setting
 from fedmetanas_jax.nas import mask as masks
 from fedmetanas_jax.nas import relax, sample, schedule
 from fedmetanas_jax.optimizers import Sampled, adam, local_sgd, sgd, weights_and_alphas
@@ -66,7 +66,7 @@ def feddsnas(
         best = relax.best(graph, sent.alpha, sent.mask)
         return sent.mask._replace(op=jnp.where(ahead[..., None], best.op, sent.mask.op))
 
-    def client_search(sent: Server, loss, steps: int):
+    def client_search(sent: Server, loss, steps: Array):
         rate = schedule.travel_rate(travel, rounds, steps) if alpha_lr is None else alpha_lr
         backward = local.plain(loss)
 

@@ -16,7 +16,7 @@ from fedmetanas_jax.algorithms import retraining
 from fedmetanas_jax.algorithms.checks import check
 from fedmetanas_jax.algorithms.personal import Part
 from fedmetanas_jax.algorithms.searching import Server, hold, searching
-from fedmetanas_jax.core import Mask, Phase, Plan, SearchSpace, Setting
+from fedmetanas_jax.core import Array, Mask, Phase, Plan, SearchSpace, Setting
 from fedmetanas_jax.nas import mask as masks
 from fedmetanas_jax.nas import relax, schedule
 from fedmetanas_jax.optimizers import adam, local_sgd, sgd, weights_and_alphas
@@ -112,7 +112,7 @@ def fedmetanas(
         both = weights_and_alphas(sgd(task_lr), optax.chain(sgd(task_alpha_lr * tau(sent)), held(sent)))
         return both if personal is None else personal.alone(both)
 
-    def client_search(sent: Server, loss, steps: int):  # Algorithm 1, lines 11 to 18
+    def client_search(sent: Server, loss, steps: Array):  # Algorithm 1, lines 11 to 18
         rate = alpha_lr
         if rate is None:
             rate = schedule.travel_rate(travel, (prune_until - warmup) * setting.rounds, steps)

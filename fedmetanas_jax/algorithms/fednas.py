@@ -63,7 +63,7 @@ def fednas(
     def mix(sent: Server, alpha, key):  # softmax(alpha) of every edge, and no noise
         return relax.mix(whole.graph, alpha, sent.mask, 1.0)
 
-    def client_search(sent: Server, loss, steps: int):
+    def client_search(sent: Server, loss, steps: Array):
         rate = schedule.travel_rate(travel, rounds, steps) if alpha_lr is None else alpha_lr
         still = optax.set_to_zero()
         # 1 alpha <- Adam(alpha, lambda_valid grad L(V; w, alpha) + lambda_train grad L(T; w, alpha))
@@ -106,7 +106,7 @@ def alpha_gradient(loss: Callable, lambda_train: float, lambda_valid: float) -> 
         alpha = jax.tree.map(lambda x: lambda_train * x[0] + lambda_valid * x[1], slopes)
         return {"params": tree.zeros_like(variables["params"]), "alpha": alpha}, stats, {}
 
-    return local.Gradient(of, passes=(1, 1))
+    return local.Gradient(of, passes=(1, 1), metrics=())
 
 
 def weight_gradient(loss: Callable) -> local.Gradient:

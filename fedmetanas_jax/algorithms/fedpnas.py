@@ -12,7 +12,7 @@ from fedmetanas_jax import local, tree
 from fedmetanas_jax.algorithms.checks import check
 from fedmetanas_jax.algorithms.personal import base_of, personal_part
 from fedmetanas_jax.algorithms.searching import Server, searching
-from fedmetanas_jax.core import Phase, SearchSpace, Setting
+from fedmetanas_jax.core import Array, Phase, SearchSpace, Setting
 from fedmetanas_jax.nas import mask as masks
 from fedmetanas_jax.nas import relax, sample, schedule
 from fedmetanas_jax.optimizers import Sampled, adam, local_sgd, sgd, weights_and_alphas
@@ -64,7 +64,7 @@ def fedpnas(
             return relax.harden(graph, alpha, sent.mask)
         return sample.hard_gumbel(graph, alpha, sent.mask, temperature, key)
 
-    def client_search(sent: Server, loss, count: int):
+    def client_search(sent: Server, loss, count: Array):
         backward = local.plain(loss)
 
         def of(variables, stats, batches, key):
@@ -89,7 +89,7 @@ def fedpnas(
         if rate is None:
             rate = schedule.travel_rate(travel, (1 - warmup) * setting.rounds, count)
         outer = weights_and_alphas(local_sgd(setting, sent.round), adam(rate, alpha_weight_decay))
-        return local.Gradient(of, passes=(2,)), outer
+        return local.Gradient(of, (2,), (*backward.metrics, "support_loss")), outer
 
     return searching(
         space,

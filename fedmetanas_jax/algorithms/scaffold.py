@@ -51,7 +51,7 @@ def scaffold(model: Model, setting: Setting, *, global_lr: float = 1.0) -> Algor
         params, stats, metrics = train(optimizer, sent.params, sent.stats, data, key)
         move = tree.sub(params, sent.params)
         # 3 c_k' = c_k - c + (w_t - w) / (n_steps lr).
-        far = local.steps_taken(data.weight, setting.batch, setting.epochs) * lr_at(sent.round)
+        far = local.steps_a_round(data.weight, 1, setting) * lr_at(sent.round)
         kept = jax.tree.map(lambda c_k, c, dw: c_k - c - dw / far, control, sent.control, move)
         # 4 return w - w_t and c_k' - c_k; store c_k'.
         change = {"params": move, "stats": tree.sub(stats, sent.stats), "control": tree.sub(kept, control)}

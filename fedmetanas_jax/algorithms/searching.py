@@ -54,8 +54,8 @@ def searching(
     Args:
       mix: (sent: Server, alpha, key) -> [cell types, edges, ops], the weight of every operation. key None: without
         noise, as in evaluation.
-      search: (sent, loss, steps) -> (local.Gradient, optimizer), what a client does in a round of so many steps, or as
-        many of both as take turns in a step. They act on {"params": w, "alpha": alpha}; loss is (variables, stats,
+      search: (sent, loss, steps) -> (local.Gradient, optimizer), what a client does in its round of so many steps, or
+        as many of both as take turns in a step. They act on {"params": w, "alpha": alpha}; loss is (variables, stats,
         batch, key) -> (value, (moments, accuracy)). Of a sampled search the optimizer gets `Sampled` gradients.
       adapt: (sent,) -> optimizer of the plain gradient by which a client personalises both, `depth` of the way.
       prune: (server, round, last) -> Mask, what is alive after an event; `last` says whether it is the last one.
@@ -112,7 +112,7 @@ def searching(
             return local.fit(gradient, optimizer, variables, sent.stats, data, key, **how)
 
         def client_update(sent: Server, own, data, key) -> Reply:
-            steps = local.steps_a_round(len(data.label), batches, setting, tasks)
+            steps = local.steps_a_round(data.weight, batches, setting, tasks)
             gradient, optimizer = search(sent, loss_of(sent), steps)
             if sampled:
                 gradient = _counting_macs(gradient, *sample.macs(space, plan))
@@ -192,7 +192,7 @@ def _counting_macs(gradient: local.Gradient, rest: int, each: Array) -> local.Gr
         macs = rest + jnp.sum(sampled.times * each) / sum(gradient.passes)
         return sampled, moments, metrics | {"macs": macs}
 
-    return gradient._replace(of=of)
+    return gradient._replace(of=of, metrics=(*gradient.metrics, "macs"))
 
 
 def hold(mask: Mask, searching: Array) -> optax.GradientTransformation:

@@ -133,7 +133,8 @@ def calibration_rows(
     chosen = cohort(seed, round, data.train.shape[0], cohort_size)
     rows = data.train[chosen]  # [cohort, n]
     held = jnp.arange(rows.shape[1]) < data.train_size[chosen, None]
-    draw = jax.random.uniform(stream_key(seed, "calibration", round), rows.shape)
+    draw = jax.random.uniform(stream_key(seed, "calibration", round), (rows.size,))
+    draw = draw[jnp.cumsum(held) - 1].reshape(rows.shape)  # one for each row held, however long the padding
     order = jnp.argsort(jnp.where(held, draw, 2.0), axis=None)
     return rows.reshape(-1)[order[jnp.arange(count) % jnp.sum(held)]]
 

@@ -41,10 +41,12 @@ def alive_at(first: int, last: int, share: float) -> int:
     return round(first + (last - first) * min(max(share, 0.0), 1.0))
 
 
-def travel_rate(travel: float, rounds: float, steps: int) -> float:
-    """The rate of Adam at which a logit that always moves one way goes `travel` far in `rounds` rounds of `steps`.
+def travel_rate(travel: float, rounds: float, steps: Array) -> Array:
+    """The rate of Adam at which a logit that always moves one way goes `travel` far in `rounds` rounds of `steps` [].
 
     Adam's step is about its rate, whatever the gradient: a fixed rate would move logits ten times as far in ten times
-    the rounds. 8 in the 540 rounds of 45 steps of the paper-sized search is 3.3e-4, DARTS's rate.
+    the rounds. 8 in the 540 rounds of 45 steps of the paper-sized search is 3.3e-4, DARTS's rate. The steps are a
+    client's own, so that logits go as far where clients are of unequal size: by the steps of the largest, the mean of
+    the changes would fall short.
     """
-    return travel / max(rounds * steps, 1.0)
+    return travel / jnp.maximum(rounds * steps, 1.0)
