@@ -15,7 +15,7 @@ from fedmetanas_jax.config import FILE, SIZED, Config, alike, may_change, to_dic
 from fedmetanas_jax.core import Algorithm, FederatedData, Phase, Setting
 from fedmetanas_jax.data import federated, manifest, natural, partition, picture, sources
 from fedmetanas_jax.data.augment import augmenter
-from fedmetanas_jax.engine import accountant, aggregate, hosts, identity, privacy, records
+from fedmetanas_jax.engine import accountant, aggregate, hosts, identity, privacy, records, secure
 from fedmetanas_jax.engine import run as engine
 from fedmetanas_jax.engine.checkpoint import CheckpointError
 from fedmetanas_jax.engine.claim import claim
@@ -130,14 +130,9 @@ def _dealt(config: Config, dataset: sources.Dataset) -> partition.Partition:
 
 
 def federate(config: Config, dataset: sources.Dataset, parts: partition.Partition) -> FederatedData:
-    """The images with everybody's rows, in arrays that are as long for every seed, or nearly always: then the seeds of
-    an experiment share their compiled programs, and splits theirs. Where clients have what they have, under label skew
-    and of their own, that is as many batches as the next power of two: what is past a client's rows costs nothing."""
-    if parts.dealing.get("kind", config.partition) not in SIZED:
-        batches = (-(-max(map(len, rows)) // config.batch) for rows in (parts.train, parts.test))
-        return federated.federate(dataset, parts, tuple(config.batch << (n - 1).bit_length() for n in batches))
-    least = (0, 0) if config.partition.endswith(FILE) else (config.train_size, config.test_size)
-    return federated.federate(dataset, parts, least)
+    """The images with everybody's rows, in arrays that the runs of an experiment have as long."""
+    sized = parts.dealing.get("kind", config.partition) in SIZED
+    return federated.federate(dataset, parts, federated.lengths(parts, sized, config.batch))
 
 
 def _dealing(config: Config) -> dict:
@@ -181,6 +176,7 @@ def run(
         phases, chosen = make_phases(config, dataset)
         parts = deal(config, dataset, first_algorithm(phases).least_rows)
         data = federate(config, dataset, parts)
+        conduct = conduct._replace(aggregate=secure.within(conduct.aggregate, max(map(len, parts.train))))
         check_aggregate(config, conduct, phases, data)
         mine = identity.of(to_dict(config), may_change(config), data)
         hosts.obey(interrupt.signal)

@@ -10,6 +10,7 @@ from fedmetanas_jax import build
 from fedmetanas_jax.config import Config, may_change, to_dict, validate
 from fedmetanas_jax.data import manifest, sources
 from fedmetanas_jax.data.dataset import DataError, Dataset
+from fedmetanas_jax.data.federated import lengths
 from fedmetanas_jax.data.natural import natural
 from fedmetanas_jax.data.partition import Partition
 from fedmetanas_jax.engine import identity
@@ -104,12 +105,29 @@ def test_more_clients_than_there_are_are_refused():
     assert said.startswith("a client has 12 training images, but fedmetanas needs 13 of every client")
 
 
-def test_a_natural_federation_is_padded_to_a_power_of_two_of_batches_and_named(tmp_path):
+def test_splits_and_seeds_have_arrays_of_one_length():
+    found = set()
+    for partition, seed in (("dirichlet", 1), ("label_skew", 1), ("label_skew", 2), ("natural", 1)):
+        how = {"partition": partition, "tau": 2, "seed": seed}
+        data = build.federate(config(**how), OWNED, dealt(**how))
+        found.add((data.train.shape, data.test.shape))
+    assert found == {((3, 64), (3, 16))}  # 16 and 4 batches of 4
+
+
+def test_where_clients_have_more_than_a_few_batches_lengths_are_what_was_asked_for_or_powers_of_two():
+    train, test = ([np.arange(n) for n in sizes] for sizes in ((30, 70), (9, 19)))
+    parts = Partition(train, test, {"train_size": 70, "test_size": 25})
+    assert lengths(parts, True, 4) == (70, 25)
+    assert lengths(parts, False, 4) == (128, 32)  # 18 batches, 5 batches
+    assert lengths(parts, False, 1) == (128, 32)
+
+
+def test_a_natural_federation_is_padded_and_named(tmp_path):
     parts = dealt(partition="natural")
     data = build.federate(config(partition="natural"), OWNED, parts)
     assert data.train_size.tolist() == [12, 24, 24]
-    assert data.train.shape == (3, 32)  # 3 batches of 8, so 4
-    assert data.test.shape == (3, 8)
+    assert data.train.shape == (3, 64)
+    assert data.test.shape == (3, 16)
     for client, name in enumerate((0, 1, 4)):
         assert np.all(OWNED.train_client[np.asarray(data.train[client])] == name)
         assert np.all(OWNED.test_client[np.asarray(data.test[client]) - 60] == name)

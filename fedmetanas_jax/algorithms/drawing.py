@@ -79,8 +79,7 @@ def drawing(
             return sample.drawn_mix(graph, policy.of_child(graph, sent.child))
 
         def held(sent: Message) -> dict:
-            here = mix_of(sent) != 0
-            return {part: space.spread(here, plan, getattr(sent, part), True) for part in ("params", "stats")}
+            return sample.held(space, plan, mix_of(sent) != 0, sent)
 
         def train(gradient, optimizer, sent: Message, data: Examples, key, steps=None):
             how = {"setting": setting, "momentum": net.momentum, "tasks": "pairs", "steps": steps}

@@ -71,7 +71,7 @@ def of_any(space: SearchSpace, plan: Plan, setting: Setting) -> Algorithm:
     rest, each = sample.macs(space, plan)
 
     def held(sent: Server) -> dict:
-        return {part: space.spread(sent.ops, plan, getattr(sent, part), True) for part in ("params", "stats")}
+        return sample.held(space, plan, sent.ops, sent)
 
     def mix(server: Server) -> Array:
         return server.ops.astype(jnp.float32)

@@ -99,8 +99,7 @@ def searching(
             return loss
 
         def held(sent: Server) -> dict:
-            alive = masks.live(graph, sent.mask).op
-            return {part: space.spread(alive, plan, getattr(sent, part), True) for part in ("params", "stats")}
+            return sample.held(space, plan, masks.live(graph, sent.mask).op, sent)
 
         def moved(sent: Server, times: Array) -> dict:
             every_logit = jax.tree.map(lambda _: jnp.array(True), sent.alpha)

@@ -28,6 +28,22 @@ def federate(dataset: Dataset, parts: Partition, least: tuple[int, int] = (0, 0)
     )
 
 
+def lengths(parts: Partition, sized: bool, batch: int) -> tuple[int, int]:
+    """The lengths, of training and test rows, of arrays that are as long for every seed, or nearly always, and where
+    clients have few for every split: runs then share their compiled programs. What is past a client's rows costs
+    nothing.
+
+    sized: whether clients were dealt as many images as was asked for. Where they have what they have, under label skew
+    and of their own, arrays have as many batches of training images as the next power of two.
+    """
+    found = []
+    for rows, asked, fewest in ((parts.train, "train_size", 16), (parts.test, "test_size", 4)):
+        longest = max(map(len, rows))
+        power_of_two = batch << (-(-longest // batch) - 1).bit_length()
+        found.append(max(fewest * batch, max(longest, parts.dealing.get(asked, 0)) if sized else power_of_two))
+    return tuple(found)
+
+
 def _padded(rows: list[np.ndarray], offset: int, least: int):
     longest = max(least, *(len(own) for own in rows))
     return jnp.asarray(np.stack([np.resize(own, longest) for own in rows]) + offset, jnp.int32)

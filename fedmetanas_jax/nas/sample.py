@@ -42,6 +42,13 @@ def hard_gumbel(graph: Graph, alpha: Alpha, mask: Mask, temperature, key: Array)
     return z * (1 + (weight - jax.lax.stop_gradient(weight)))[..., None]
 
 
+def held(space: SearchSpace, plan: Plan, ops: Array, sent) -> dict:
+    """{part: tree of bool that broadcasts to it}: which numbers of sent.params and sent.stats, those of the plan's
+    program, a client is given whose network has the operations `ops` [cell types, edges, ops] alone: theirs, and what
+    belongs to no operation."""
+    return {part: space.spread(ops, plan, getattr(sent, part), True) for part in ("params", "stats")}
+
+
 def macs(space: SearchSpace, plan: Plan) -> tuple[int, np.ndarray]:
     """(multiply-adds of an image outside all operations, [cell types, edges, ops] those of each operation of the plan),
     in all cells of a type together."""
