@@ -54,18 +54,26 @@ ELSEWHERE = ("ditto", "fedmetanas", "perfedrlnas")  # of each kind one; a proces
 
 
 class Case(NamedTuple):
-    """A method with its compiled round, all clients of a cohort at once."""
+    """A method with its compiled round, all clients of a cohort at once, and parts of it compiled alone."""
 
     algorithm: Algorithm
     step: object
+    send: object
     client_update: object
+    learn: object  # (server, replies [cohort, ...], clients [cohort]) -> server
 
 
 @cache
 def case(name: str) -> Case:
     algorithm = first_algorithm(name, real=False)
     step = make_round(algorithm, cohort_size=COHORT, at_once=0)
-    return Case(algorithm, step, jax.jit(apart(algorithm.client_update)))  # as elsewhere, so compiled once
+
+    def learn(server, replies: Reply, clients):
+        mean = tree.weighted_mean(replies.change, replies.weight)
+        return algorithm.server_update(server, Merged(mean, clients, replies.weight, replies.report))
+
+    update = jax.jit(apart(algorithm.client_update))  # as elsewhere, so compiled once
+    return Case(algorithm, step, jax.jit(algorithm.send), update, jax.jit(learn))
 
 
 def start(name: str):
@@ -84,8 +92,8 @@ def run(name: str, state, rounds: int):
 def letter(name: str, state, client: int):
     """(message, own, rows, key): all that a client's reply may depend on. The rows are padded by blank images to twice
     the length that they have in a round, which says nothing."""
-    message = case(name).algorithm.send(state.server, client, stream_key(SEED, "send", state.round, client))
-    own, rows = tree.take(state.owns, client), train_examples(DATA, client)
+    message = case(name).send(state.server, client, stream_key(SEED, "send", state.round, client))
+    own, rows = tree.take(jax.tree.map(np.asarray, state.owns), client), train_examples(DATA, client)
     longer = jax.tree.map(lambda x: jnp.concatenate([x, jnp.zeros_like(x)]), rows)
     return message, own, longer, client_key(SEED, state.round, client)
 
@@ -135,18 +143,16 @@ def test_clients_not_chosen_keep_their_state(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_all_at_once_is_one_by_one_in_any_order(name):
-    algorithm, _, client_update = case(name)
+    _, _, _, client_update, learn = case(name)
     state = start(name)
     chosen = np.asarray(cohort(SEED, state.round, CLIENTS, COHORT))
     together, (metrics,) = run(name, start(name), 1)
     assert sorted(metrics["client"][0]) == sorted(chosen)
 
     for order in (chosen, chosen[::-1]):
-        stacked = jax.tree.map(lambda *x: jnp.stack(x), *[client_update(*letter(name, state, k)) for k in order])
-        mean = tree.weighted_mean(stacked.change, stacked.weight)
-        merged = Merged(mean, jnp.asarray(order), stacked.weight, stacked.report)
-        assert_close(algorithm.server_update(state.server, merged), together.server)
-        assert_close(tree.put(state.owns, order, stacked.own), together.owns)
+        stacked = jax.tree.map(lambda *x: np.stack(x), *[client_update(*letter(name, state, k)) for k in order])
+        assert_close(learn(state.server, stacked, order), together.server)
+        assert_close(stacked.own, tree.take(jax.tree.map(np.asarray, together.owns), order))
 
 
 def every_change(change, weight, key):
@@ -364,7 +370,7 @@ def test_dittos_personal_model_without_a_pull_is_a_clients_own_training():
     algorithm = fedavg(MODEL, SETTING)
     server, _ = algorithm.init(jax.random.key(1))
     *_, key = local.keys_of_training(jax.random.fold_in(jax.random.key(0), 1))  # round 0, client 1, its own stream
-    alone = learnt(server, ask(algorithm, server, (), HOLDERS[1], key))
+    alone = learnt(server, toy_model.jit(lambda *x: ask(algorithm, *x))(server, (), HOLDERS[1], key))
     assert_close((clients[1].net.params, clients[1].net.stats), (alone["params"], alone["stats"]), 2e-5)
 
 
@@ -378,17 +384,22 @@ def test_perfedavg_without_inner_steps_is_sgd_on_the_query_batches():
     algorithm = perfedavg(MODEL, SETTING, M=0)
     server, _ = algorithm.init(jax.random.key(1))
     data, key = HOLDERS[0], jax.random.key(5)
-    reply = ask(algorithm, server, (), data, key)
+    reply = toy_model.jit(lambda *x: ask(algorithm, *x))(server, (), data, key)
     order_key, _ = jax.random.split(key)
     rows, _ = local.all_tasks(order_key, data.weight, SETTING.batch, SETTING.epochs)
     optimizer = optimizers.sgd(0.025, 0.9, 3e-4)
     params, stats, state = server.params, server.stats, optimizer.init(server.params)
     loss = local.classification_loss(MODEL)
-    for _, query in rows:
-        batch = jax.tree.map(lambda x, query=query: x[query], data)
+
+    @toy_model.jit
+    def step(params, stats, state, query):
+        batch = jax.tree.map(lambda x: x[query], data)
         grads, (moments, _) = jax.grad(loss, has_aux=True)(params, stats, batch, key)
         updates, state = optimizer.update(grads, state, params)
-        params, stats = tree.add(params, updates), tree.lerp(stats, moments, MODEL.momentum)
+        return tree.add(params, updates), tree.lerp(stats, moments, MODEL.momentum), state
+
+    for _, query in rows:
+        params, stats, state = step(params, stats, state, query)
     assert_close(learnt(server, reply), {"params": params, "stats": stats}, 2e-5)
 
 

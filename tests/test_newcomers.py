@@ -70,7 +70,7 @@ def test_so_it_is_for_a_search(monkeypatch, tmp_path):
 def test_fedmetanas_searches_another_space_with_nothing_changed(tmp_path):
     """NAS-Bench-201's cell: one type, every edge stays, one operation of five on each."""
     config = dataclasses.replace(
-        TINY, space="nasbench201", cells=3, devices=1, final_adapt=False,
+        TINY, space="nasbench201", cells=3, devices=1, final_adapt=False, compile_ahead=4,
         options={
             "prune_from": 0.5, "prune_until": 0.5, "prune_events": 1, "alpha_lr": 0.05, "warmup": 0.0,
             "prune_tolerance": None,

@@ -45,7 +45,7 @@ def test_draws_come_as_often_as_the_softmax_says():
     graph, mask = one_edge(4)
     mask = mask._replace(op=mask.op.at[0, 0, 3].set(False))
     alpha = logits(0.0, 1.0, -1.0, 9.0)
-    drawn = jax.vmap(lambda key: sample.draw(graph, alpha, mask, key).op)(KEYS)
+    drawn = jit(jax.vmap(lambda key: sample.draw(graph, alpha, mask, key).op))(KEYS)
     assert (drawn.sum(-1) == 1).all()
     share = np.asarray(relax.softmax(graph, alpha, mask, 1.0).op)[0, 0]
     error = np.sqrt(share * (1 - share) / len(KEYS))
@@ -83,7 +83,7 @@ def test_score_of_two_operations_by_hand():
             lambda a, k: sample.scored(graph, a, mask, k), logits(0, 0), 2.0, jnp.array([1.0, 3.0]), key
         )
     )
-    drawn, gradient = run(KEYS)
+    drawn, gradient = jit(run)(KEYS)
     np.testing.assert_allclose(gradient[drawn == 0], np.tile([-0.5, 0.5], (int(sum(drawn == 0)), 1)), rtol=1e-6)
     np.testing.assert_allclose(gradient[drawn == 1], np.tile([-1.5, 1.5], (int(sum(drawn == 1)), 1)), rtol=1e-6)
 
@@ -92,7 +92,7 @@ def test_score_averages_to_the_enumerated_gradient_over_eight_operations():
     graph, mask = one_edge(8)
     outputs, alpha = jnp.arange(8.0), logits(*np.linspace(-1, 1, 8))
     run = jax.vmap(lambda key: of_quadratic(lambda a, k: sample.scored(graph, a, mask, k), alpha, 3.0, outputs, key)[1])
-    found = np.asarray(run(KEYS))
+    found = np.asarray(jit(run)(KEYS))
     p = np.asarray(relax.softmax(graph, alpha, mask, 1.0).op)[0, 0]
     r = (np.asarray(outputs) - 3.0) * np.asarray(outputs)  # dL/dmix where k is drawn; of `none`, whose output is 0, 0
     error = found.std(0) / np.sqrt(len(KEYS))

@@ -66,6 +66,7 @@ def ask(algorithm, server, own, data, key, client=0) -> Reply:
     return algorithm.client_update(algorithm.send(server, jnp.int32(client), key), own, data, key)
 
 
+@jax.jit
 def merged(*replies: Reply) -> Merged:
     """What the server learns of these replies of clients 0, 1, ...: their weighted mean."""
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *replies)
