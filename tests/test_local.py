@@ -283,6 +283,15 @@ def test_augmentation_is_drawn_anew_at_every_step():
     assert len({float(m) for m in means}) == 2
 
 
+def test_what_a_gradient_measures_is_what_it_is_said_to_measure():
+    model = toy_model()
+    params, stats = model.init(jax.random.key(1))
+    gradient = local.plain(model_loss(model))._replace(metrics=("loss", "macs"))
+    how = {"setting": Setting(1, 1, 4, unchanged), "momentum": 0.1}
+    with pytest.raises(ValueError, match="has metrics loss, accuracy but is said to have loss, macs"):
+        jax.eval_shape(lambda data: local.fit(gradient, optax.sgd(0.1), params, stats, data, KEY, **how), examples(4))
+
+
 def test_the_gradient_is_traced_once():
     traces = []
     model = toy_model()

@@ -30,8 +30,8 @@ def federate(dataset: Dataset, parts: Partition, least: tuple[int, int] = (0, 0)
 
 def lengths(parts: Partition, sized: bool, batch: int) -> tuple[int, int]:
     """The lengths, of training and test rows, of arrays that are as long for every seed, or nearly always, and where
-    clients have few for every split: runs then share their compiled programs. What is past a client's rows costs
-    nothing.
+    clients have at most 16 and 4 batches for every split: runs then share their compiled programs. What is past a
+    client's rows costs nothing.
 
     sized: whether clients were dealt as many images as was asked for. Where they have what they have, under label skew
     and of their own, arrays have as many batches of training images as the next power of two.
