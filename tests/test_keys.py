@@ -23,6 +23,10 @@ DATA = federation()
 # They find out what a pass drew by drawing it once more.
 DRAWN_AGAIN = ("feddsnas", "fedpnas")
 
+NUMBERS = {  # what a loop counts with
+    "add": np.add, "lt": np.less, "select_n": lambda which, *of: np.where(which, of[1], of[0]),
+}  # fmt: skip
+
 
 class Keys:
     """Goes through a traced function in Python, with numbers in place of keys.
@@ -61,6 +65,13 @@ class Keys:
         unknown = [None] * len(eqn.outvars)
         if name == "scan":
             return self._scan(how, args)
+        if name == "while":
+            return self._while(how, eqn, args)
+        if name in NUMBERS and all(x is not None for x in args):
+            return [NUMBERS[name](*args)]
+        if name == "dynamic_slice" and all(x is not None for x in args):
+            here = zip(args[1:], how["slice_sizes"], strict=True)
+            return [args[0][tuple(slice(int(start), int(start) + size) for start, size in here)]]
         if name == "cond":
             for branch in how["branches"]:
                 self._run(branch, args[1:])
@@ -105,6 +116,16 @@ class Keys:
             carry = out[:carried]
         return [*carry, *[None] * (len(out) - carried)]
 
+    def _while(self, how, eqn, args) -> list:
+        """As many turns as there are keys to take one by one: a loop of fewer draws from fewer."""
+        before, consts = how["cond_nconsts"], how["body_nconsts"]
+        given, carry = args[before : before + consts], args[before + consts :]
+        keys = [x for x, v in zip(given, eqn.invars[before : before + consts], strict=True) if is_key(v) and x.ndim]
+        assert len(keys) == 1, "a loop of unknown length takes its keys from one array"
+        for _ in range(len(keys[0])):
+            carry = self._run(how["body_jaxpr"], [*given, *carry])
+        return [None] * len(carry)
+
 
 def small(x):
     """A constant as numpy, if it may be a number to fold into a key."""
@@ -141,6 +162,15 @@ def test_a_key_that_is_drawn_from_twice_is_found():
     def in_a_row(key):
         return jax.vmap(jax.random.uniform)(jax.random.split(key, 3)), jax.random.uniform(key)
 
+    def in_a_loop_of_any_length(length, key):
+        own, first = jax.random.split(key, 3), jax.random.fold_in(key, 5)
+
+        def turn(i, m):
+            return m + jax.random.uniform(own[i]) * jax.random.uniform(first)
+
+        return jax.lax.fori_loop(0, length, turn, 0.0)
+
+    assert sorted(followed(in_a_loop_of_any_length, jnp.int32(2)).drawn.values()) == [1, 1, 1, 3]
     assert sorted(followed(folded).drawn.values()) == [2]
     assert sorted(followed(in_a_loop).drawn.values()) == [1, 2]
     found = followed(in_a_row)
