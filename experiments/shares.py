@@ -13,6 +13,7 @@ import numpy as np
 from fedmetanas_jax import command
 from fedmetanas_jax import main as run_script
 from fedmetanas_jax.command import Flag
+from fedmetanas_jax.config import SIZED
 from fedmetanas_jax.options import UsageError, parse_path
 
 FLAGS = {name: flag for name, flag in run_script.FLAGS.items() if name not in ("workdir", "stop_after", "list")} | {
@@ -32,7 +33,6 @@ def write(asked: run_script.Parsed, folder) -> str:
     dataset = sources.load(config.dataset, sources.data_dir(asked.data_dir))
     least = build.first_algorithm(build.make_phases(config, dataset)[0]).least_rows
     parts = build.deal(config, dataset, least)
-    data = build.federate(config, dataset, parts)
     for client, (train, test) in enumerate(zip(parts.train, parts.test, strict=True)):
         arrays = {
             "train_images": dataset.train_images[train],
@@ -41,7 +41,9 @@ def write(asked: run_script.Parsed, folder) -> str:
             "test_labels": np.asarray(dataset.test_labels[test], np.int32),
         }
         sources.write(folder / f"client-{client}.npz", arrays)
-    sizes = {"train_size": data.train.shape[1], "test_size": data.test.shape[1]}
+    if config.partition in SIZED:  # nobody has more than the config says
+        return ""
+    sizes = {"train_size": max(map(len, parts.train)), "test_size": max(map(len, parts.test))}
     changed = {name: size for name, size in sizes.items() if size != getattr(config, name)}
     return " ".join(f"--config.{name}={size}" for name, size in changed.items())
 

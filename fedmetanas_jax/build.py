@@ -132,7 +132,8 @@ def _dealt(config: Config, dataset: sources.Dataset) -> partition.Partition:
 def federate(config: Config, dataset: sources.Dataset, parts: partition.Partition) -> FederatedData:
     """The images with everybody's rows, in arrays that the runs of an experiment have as long."""
     sized = parts.dealing.get("kind", config.partition) in SIZED
-    return federated.federate(dataset, parts, federated.lengths(parts, sized, config.batch))
+    asked = (config.train_size, config.test_size) if config.partition in SIZED else (0, 0)  # a file deals what it has
+    return federated.federate(dataset, parts, federated.lengths(parts, asked, sized, config.batch))
 
 
 def _dealing(config: Config) -> dict:

@@ -222,7 +222,7 @@ def fit(
             variables = optax.apply_updates(variables, updates)
             after.append(state)
         stepped = variables, tree.lerp(stats, moments, momentum), after
-        # Never in vain, so always true. Without it XLA rounds a step otherwise, and no recorded run would be repeated.
+        # Never in vain, so always true. Without it XLA rounds a step otherwise, and recorded runs are not repeated.
         return tree.where(jnp.any(weight > 0), stepped, carry), metrics
 
     start = variables, stats, [o.init(variables) for o in optimizers]

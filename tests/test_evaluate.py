@@ -148,6 +148,8 @@ def test_calibration_rows_come_from_the_rounds_cohort(data):
     assert sorted(np.asarray(rows)) == sorted(held)
     more = engine.calibration_rows(data, SEED, jnp.int32(4), 3)
     np.testing.assert_array_equal(more, np.resize(rows, 2000))
+    longer = data._replace(train=jnp.pad(data.train, ((0, 0), (0, 7))))  # how long the padding is says nothing
+    np.testing.assert_array_equal(more, engine.calibration_rows(longer, SEED, jnp.int32(4), 3))
     assert np.any(more != engine.calibration_rows(data, SEED, jnp.int32(5), 3))
 
 

@@ -116,10 +116,38 @@ def test_splits_and_seeds_have_arrays_of_one_length():
 
 def test_where_clients_have_more_than_a_few_batches_lengths_are_what_was_asked_for_or_powers_of_two():
     train, test = ([np.arange(n) for n in sizes] for sizes in ((30, 70), (9, 19)))
-    parts = Partition(train, test, {"train_size": 70, "test_size": 25})
-    assert lengths(parts, True, 4) == (70, 25)
-    assert lengths(parts, False, 4) == (128, 32)  # 18 batches, 5 batches
-    assert lengths(parts, False, 1) == (128, 32)
+    parts = Partition(train, test)
+    assert lengths(parts, (70, 25), True, 4) == (70, 25)
+    assert lengths(parts, (0, 0), True, 4) == (70, 19)
+    assert lengths(parts, (0, 0), False, 4) == (128, 32)  # 18 batches, 5 batches
+    assert lengths(parts, (0, 0), False, 1) == (128, 32)
+
+
+def test_what_a_file_says_of_its_dealing_deals_nothing(tmp_path):
+    path = left(tmp_path)
+    record = json.loads(path.read_text())
+    record["parameters"] |= {"train_size": 10**15, "test_size": "many"}  # which no hash covers
+    path.write_text(json.dumps(record))
+    how = config(partition=str(path))
+    data = build.federate(how, OWNED, build.deal(how, OWNED, 1))
+    assert (data.train.shape, data.test.shape) == ((3, 64), (3, 16))
+
+
+def test_shares_name_the_server_the_largest_client_and_not_how_long_arrays_are(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    import shares
+
+    monkeypatch.setattr(sources, "load", lambda *_: dataset())
+    monkeypatch.setattr(build, "make_phases", lambda *_: ([], None))
+    monkeypatch.setattr(build, "first_algorithm", lambda _: SimpleNamespace(least_rows=1))
+    asked = SimpleNamespace(config=config(), data_dir=None)
+    assert shares.write(asked, tmp_path) == ""
+    asked.config = config(partition="label_skew", tau=2)
+    sizes = [max(map(len, rows)) for rows in dealt(dataset(), partition="label_skew", tau=2)[:2]]
+    assert shares.write(asked, tmp_path) == "--config.train_size={} --config.test_size={}".format(*sizes)
+    with np.load(tmp_path / "client-0.npz") as file:
+        assert len(file["train_images"]) <= sizes[0]
 
 
 def test_a_natural_federation_is_padded_and_named(tmp_path):

@@ -190,9 +190,9 @@ def test_another_config_is_refused(unbroken):
 
 def test_what_says_how_a_run_is_run_may_change_and_is_said(unbroken, paused, tmp_path):
     shutil.copytree(paused, tmp_path / "run")
-    done = run(tmp_path / "run", eval_every=3, checkpoint_every=3)
+    done = run(tmp_path / "run", eval_every=3, checkpoint_every=3, block=1)
     assert done.returncode == 0, done.stderr
-    assert "checkpoint_every was 2, is 3" in done.stdout
+    assert "block was 2, is 1" in done.stdout
     assert "eval_every was 4, is 3" in done.stdout
     (records, arrays), (expected, weights) = finished(tmp_path / "run"), finished(unbroken)
     assert [line["round"] for line in records if "server_accuracy" in line] == [4, 9, 12]

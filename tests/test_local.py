@@ -249,6 +249,18 @@ def noisy(key, image):
     return image + jax.random.randint(key, image.shape, 0, 9, image.dtype)
 
 
+@pytest.mark.parametrize("size", [30, 17, 6])
+@pytest.mark.parametrize("kind", ["batches", *typing.get_args(local.Tasks)])
+def test_steps_are_counted_as_they_are_taken(kind, size):
+    setting, weight = Setting(1, 3, 3, unchanged), prefix(40, size)
+    if kind == "batches":
+        _, taken = local.all_batches(KEY, weight, setting.batch, setting.epochs)
+        assert local.steps_a_round(weight, 1, setting) == np.sum(np.any(taken > 0, axis=1))
+    else:
+        _, taken = local.all_tasks(KEY, weight, setting.batch, setting.epochs, kind)
+        assert local.steps_a_round(weight, 2, setting, kind) == np.sum(np.any(taken > 0, axis=(1, 2)))
+
+
 def test_a_client_of_padding_alone_is_the_identity():
     params, stats = toy_model().init(jax.random.key(1))
     fitted, fitted_stats, metrics = fit(examples(10, size=0))

@@ -28,19 +28,20 @@ def federate(dataset: Dataset, parts: Partition, least: tuple[int, int] = (0, 0)
     )
 
 
-def lengths(parts: Partition, sized: bool, batch: int) -> tuple[int, int]:
+def lengths(parts: Partition, asked: tuple[int, int], sized: bool, batch: int) -> tuple[int, int]:
     """The lengths, of training and test rows, of arrays that are as long for every seed, or nearly always, and where
     clients have at most 16 and 4 batches for every split: runs then share their compiled programs. What is past a
     client's rows costs nothing.
 
-    sized: whether clients were dealt as many images as was asked for. Where they have what they have, under label skew
-    and of their own, arrays have as many batches of training images as the next power of two.
+    asked: how many images of each a client was to have at most; 0 where nobody said.
+    sized: whether clients were dealt as many as was asked for. Where they have what they have, under label skew and of
+      their own, arrays have as many batches as the next power of two.
     """
     found = []
-    for rows, asked, fewest in ((parts.train, "train_size", 16), (parts.test, "test_size", 4)):
+    for rows, most, fewest in zip((parts.train, parts.test), asked, (16, 4), strict=True):
         longest = max(map(len, rows))
         power_of_two = batch << (-(-longest // batch) - 1).bit_length()
-        found.append(max(fewest * batch, max(longest, parts.dealing.get(asked, 0)) if sized else power_of_two))
+        found.append(max(fewest * batch, max(longest, most) if sized else power_of_two))
     return tuple(found)
 
 

@@ -245,8 +245,7 @@ def make_round(
         )
         finite = jax.vmap(tree.all_finite)(replies)
         heard = replies.change, jnp.where(finite, replies.weight, jnp.nan), replies.report
-        known = aggregate.secure is None or aggregate.secure.most is not None
-        stages = aggregate if known else secure.within(aggregate, data.train.shape[1])
+        stages = secure.within(aggregate, data.train.shape[1])
         moved, weight, more = learn(algorithm, stages, server, chosen, *heard, seed, state.round)
         chex.assert_trees_all_equal_shapes_and_dtypes(replies.own, before, custom_message="client_update changed own")
         after = replies.own

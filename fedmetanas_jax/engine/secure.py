@@ -48,8 +48,9 @@ def secure(weights: float, alpha: float | None = None, stats: float | None = Non
 
 
 def within(aggregate: Aggregate, most: float) -> Aggregate:
-    """The aggregate for clients that weigh at most `most`; one without secure sums is left as it is."""
-    return aggregate if aggregate.secure is None else _adding(aggregate.secure._replace(most=float(most)))
+    """The aggregate for clients that weigh at most `most`, unless it was told so already or has no secure sums."""
+    how = aggregate.secure
+    return aggregate if how is None or how.most is not None else _adding(how._replace(most=float(most)))
 
 
 def of_sum(how: Secure, cohort: int) -> Aggregate:
