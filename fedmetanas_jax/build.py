@@ -21,8 +21,9 @@ from fedmetanas_jax.engine.checkpoint import CheckpointError
 from fedmetanas_jax.engine.claim import claim
 from fedmetanas_jax.engine.course import Course
 from fedmetanas_jax.engine.interrupt import interruptible
+from fedmetanas_jax.engine.kept import Kept
 from fedmetanas_jax.engine.mesh import CPU_PARTS, clients_mesh
-from fedmetanas_jax.engine.programs import Conduct, Kept
+from fedmetanas_jax.engine.programs import Conduct
 from fedmetanas_jax.engine.report import NonFiniteError
 from fedmetanas_jax.engine.round import make_round, state_shapes
 from fedmetanas_jax.engine.sinks import NONE, Sinks

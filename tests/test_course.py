@@ -9,6 +9,7 @@ import pytest
 from fedmetanas_jax import build
 from fedmetanas_jax.config import Config
 from fedmetanas_jax.engine import programs, worth
+from fedmetanas_jax.engine.kept import Kept
 
 TINY = Config(
     dataset="digits", width=2, cells=1, nodes=1, clients=4, cohort=2, train_size=32, test_size=16, rounds=8, epochs=1,
@@ -108,7 +109,7 @@ def test_seeds_share_programs(unbroken, tmp_path, monkeypatch):
     """A run is given what one of another seed compiled, and compiles nothing; its numbers are its own."""
     made, lowered = [], programs._lowered
     monkeypatch.setattr(programs, "_lowered", lambda *given: made.append(given) or lowered(*given))
-    kept = programs.Kept()
+    kept = Kept()
     for seed in (TINY.seed + 1, TINY.seed):
         config = dataclasses.replace(TINY, seed=seed, compile_ahead=8)
         build.run(config, task="t", workdir=tmp_path / str(seed), data_dir=tmp_path, kept=kept, stop_after=4)

@@ -8,7 +8,9 @@ import toy
 
 from fedmetanas_jax.core import Net
 from fedmetanas_jax.engine import evaluate as engine
-from fedmetanas_jax.engine.mesh import OWN, clients_mesh, put_data
+from fedmetanas_jax.engine import measure
+from fedmetanas_jax.engine.mesh import clients_mesh, put_data
+from fedmetanas_jax.engine.programs import Conduct, Programs
 from fedmetanas_jax.engine.round import cohort, init_state, stream_key, train_examples
 
 CLIENTS, SEED = 7, 5
@@ -70,11 +72,14 @@ def test_recalibrated_moments_are_the_mean_over_full_batches(data, net):
     np.testing.assert_allclose(few.stats["mean"], pixels(image[:3]).mean(0), rtol=1e-5)
 
 
-def test_recalibrated_then_evaluates_as_running(data, net):
-    rows = jnp.arange(12)
-    mean = pixels(data.image[:12]).mean(0)
-    got = engine.make_evaluate(toy.ALGORITHM, batch=6, bn_eval="recalibrated")(net, data, data.central, 23, rows)
+@pytest.mark.parametrize(("distinct", "used"), [(18, 18), (17, 12), (6, 6), (4, 6), (0, None)])
+def test_recalibrated_by_full_batches_of_distinct_images_then_evaluates_as_running(data, net, distinct, used):
+    """At least one batch, though it repeats images; none at all for a net that was recalibrated before."""
+    drawn = engine.Drawn(jnp.resize(jnp.arange(max(distinct, 1)), 18), distinct)
+    mean = np.float64(net.stats["mean"]) if used is None else pixels(data.image[drawn.rows[:used]]).mean(0)
+    got = engine.make_evaluate(toy.ALGORITHM, batch=6, bn_eval="recalibrated")(net, data, data.central, 23, drawn)
     want, losses = by_hand(net, np.asarray(data.image[60:]), np.asarray(data.label[60:]), mean)
+    np.testing.assert_allclose(got.stats["mean"], mean, rtol=1e-5)
     np.testing.assert_array_equal(got.correct, want)
     np.testing.assert_allclose(got.loss, losses, rtol=1e-4)
 
@@ -89,13 +94,14 @@ def test_only_the_rows_asked_for_are_answered(data, net):
 
 
 @pytest.mark.parametrize("size", [1, 14, 23])
-@pytest.mark.parametrize("bn_eval", ["running", "recalibrated"])
-def test_devices_divide_the_rows_and_the_moments(data, net, bn_eval, size):
-    mesh, calibration = clients_mesh(4), jnp.arange(16)
-    one = engine.make_evaluate(toy.ALGORITHM, batch=4, bn_eval=bn_eval)(net, data, data.central, size, calibration)
+@pytest.mark.parametrize(("bn_eval", "distinct"), [("running", 0), *(("recalibrated", n) for n in (32, 14, 3, 0))])
+def test_devices_divide_the_rows_and_the_moments(data, net, bn_eval, distinct, size):
+    mesh, drawn = clients_mesh(4), engine.Drawn(jnp.resize(jnp.arange(max(distinct, 1)), 32), distinct)
+    one = engine.make_evaluate(toy.ALGORITHM, batch=4, bn_eval=bn_eval)(net, data, data.central, size, drawn)
     shared = engine.make_evaluate(toy.ALGORITHM, batch=4, bn_eval=bn_eval, mesh=mesh)
     on = put_data((net, data), mesh)
-    found = shared(*on, engine.divided(data.central, mesh), size, put_data(calibration, mesh, OWN))
+    drawn = engine.divided_in_batches(drawn, mesh, 4)
+    found = shared(*on, engine.divided(data.central, mesh), size, drawn)
     for x, wanted in zip(found[:2], one[:2], strict=True):
         np.testing.assert_allclose(engine.in_order(x, mesh)[:size], wanted[:size], rtol=1e-5)
     assert bool(found.stats) == bool(one.stats) == (bn_eval == "recalibrated")
@@ -116,12 +122,8 @@ def test_an_evaluation_is_divided_where_batch_norm_sees_the_same_batches(bn_eval
 
 
 def test_unknown_bn_eval_names_the_three(data):
-    for make in (
-        lambda: engine.make_evaluate(toy.ALGORITHM, batch=4, bn_eval="runing"),
-        lambda: engine.make_personal(toy.ALGORITHM, batch=4, bn_eval="runing", at_once=1),
-    ):
-        with pytest.raises(ValueError, match="'runing': allowed are 'running', 'batch', 'recalibrated'"):
-            make()
+    with pytest.raises(ValueError, match="'runing': allowed are 'running', 'batch', 'recalibrated'"):
+        engine.make_evaluate(toy.ALGORITHM, batch=4, bn_eval="runing")
 
 
 def test_local_accuracy_gathers_each_clients_valid_rows(data):
@@ -144,49 +146,95 @@ def test_summary_by_hand():
 def test_calibration_rows_come_from_the_rounds_cohort(data):
     chosen = np.asarray(cohort(SEED, 4, CLIENTS, 3))
     held = [row for k in chosen for row in np.asarray(data.train[k])[: data.train_size[k]]]
-    rows = engine.calibration_rows(data, SEED, jnp.int32(4), 3, len(held))
+    rows, distinct = engine.draw(data, SEED, jnp.int32(4), 3, len(held))
     assert sorted(np.asarray(rows)) == sorted(held)
-    more = engine.calibration_rows(data, SEED, jnp.int32(4), 3)
+    assert distinct == len(held)
+    more, distinct = engine.draw(data, SEED, jnp.int32(4), 3)
     np.testing.assert_array_equal(more, np.resize(rows, 2000))
+    assert distinct == len(held)
+    few, distinct = engine.draw(data, SEED, jnp.int32(4), 3, 2)
+    np.testing.assert_array_equal(few, rows[:2])
+    assert distinct == 2
     longer = data._replace(train=jnp.pad(data.train, ((0, 0), (0, 7))))  # how long the padding is says nothing
-    np.testing.assert_array_equal(more, engine.calibration_rows(longer, SEED, jnp.int32(4), 3))
-    assert np.any(more != engine.calibration_rows(data, SEED, jnp.int32(5), 3))
+    np.testing.assert_array_equal(more, engine.draw(longer, SEED, jnp.int32(4), 3).rows)
+    assert np.any(more != engine.draw(data, SEED, jnp.int32(5), 3).rows)
 
 
-@pytest.mark.parametrize("steps", [0, 1])
+ROUND, COHORT = 9, 3
+
+
+def programs_of(data, bn_eval: str, mesh=None, hosted=False) -> Programs:
+    conduct = Conduct(
+        rounds=9, seed=SEED, clients=CLIENTS, cohort=COHORT, batch=4, epochs=2, at_once=1, block=1, compile_ahead=0,
+        client_states="auto", bn_eval=bn_eval, eval_batch=10, eval_every=0, adapt_every=0, final_adapt=True,
+        checkpoint_every=1,
+    )  # fmt: skip
+    return Programs(toy.ALGORITHM, conduct, put_data(data, mesh), mesh, hosted, None, lambda text: None)
+
+
+def start(mesh=None, hosted=False):
+    return init_state(toy.ALGORITHM, SEED, CLIENTS, mesh, hosted)._replace(round=jnp.int32(ROUND))
+
+
 @pytest.mark.parametrize("bn_eval", engine.BN_EVAL)
-def test_adapted_accuracy_is_each_clients_own_net_on_its_own_test_rows(data, bn_eval, steps):
-    state = init_state(toy.ALGORITHM, SEED, CLIENTS)._replace(round=jnp.int32(9))
-    want, personalize = [], jax.jit(toy.personalize)
-    for k in range(CLIENTS):
-        own = train_examples(data, k)
-        key = stream_key(SEED, "personal", 9, k)
-        net = personalize(state.server, None, own, key, jnp.int32(steps))
-        rows = np.asarray(data.test[k])[: data.test_size[k]]
-        image, label = np.asarray(data.image)[rows], np.asarray(data.label)[rows]
-        filled = np.resize(image, (data.test.shape[1], *image.shape[1:]))
-        mean = {
-            "running": np.asarray(net.stats["mean"]),
-            "batch": pixels(filled).mean(0),
-            "recalibrated": pixels(data.image[:20]).mean(0),
-        }[bn_eval]
-        want.append(by_hand(net, image, label, mean)[0].mean())
-    made = {
-        at_once: engine.make_personal(toy.ALGORITHM, batch=10, bn_eval=bn_eval, at_once=at_once) for at_once in (0, 1)
-    }
-    everyone = jnp.arange(CLIENTS, dtype=jnp.int32)
-    for personal in made.values():
-        got = personal(state, everyone, data, jnp.int32(steps), jnp.arange(20))
-        np.testing.assert_allclose(got, want, rtol=1e-6)
-    assert not any(x.is_deleted() for x in jax.tree.leaves(state))
+@pytest.mark.parametrize(("devices", "hosted"), [(1, False), (4, False), (1, True)])
+def test_adapted_accuracy_is_each_clients_own_net_on_its_own_test_rows(data, bn_eval, devices, hosted):
+    """In portions of a cohort, or of a device's part of one, which do not come to all clients without rest."""
+    drawn = engine.draw(data, SEED, jnp.int32(ROUND - 1), COHORT)
+    used = np.asarray(drawn.rows)[: int(drawn.distinct) // 10 * 10]
+    assert 10 <= len(used) < drawn.distinct
+    state, personalize = start(), jax.jit(toy.personalize)
+    want = {}
+    for name, steps in engine.depths(data, 4, 2).items():
+        accuracy = []
+        for k in range(CLIENTS):
+            key = stream_key(SEED, "personal", ROUND, k)
+            net = personalize(state.server, None, train_examples(data, k), key, jnp.int32(steps))
+            rows = np.asarray(data.test[k])[: data.test_size[k]]
+            image, label = np.asarray(data.image)[rows], np.asarray(data.label)[rows]
+            mean = {
+                "running": np.asarray(net.stats["mean"]),
+                "batch": pixels(np.resize(image, (10, *image.shape[1:]))).mean(0),
+                "recalibrated": pixels(data.image[used]).mean(0),
+            }[bn_eval]
+            accuracy.append(by_hand(net, image, label, mean)[0].mean())
+        want[name] = engine.summary(jnp.array(accuracy))
+    assert len({float(x["mean"]) for x in want.values()}) > 1
+    mesh = None if devices == 1 else clients_mesh(devices)
+    programs, state = programs_of(data, bn_eval, mesh, hosted), start(mesh, hosted)
+    got = measure.adapted(programs, state)["local_accuracy_by_depth"]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), got, want)
+    assert not any(x.is_deleted() for x in jax.tree.leaves(state) if isinstance(x, jax.Array))
 
 
 @pytest.mark.parametrize("bn_eval", engine.BN_EVAL[::2])
 def test_without_a_step_of_adaptation_clients_fare_as_with_the_global_network(data, bn_eval):
-    state = init_state(toy.ALGORITHM, SEED, CLIENTS)
-    rows = jnp.arange(20)
-    net = toy.ALGORITHM.global_model(state.server)
-    found = engine.make_evaluate(toy.ALGORITHM, batch=10, bn_eval=bn_eval)(net, data, data.central, 23, rows)
-    personal = engine.make_personal(toy.ALGORITHM, batch=10, bn_eval=bn_eval, at_once=1)
-    got = personal(state, jnp.arange(CLIENTS), data, jnp.int32(0), rows)
-    np.testing.assert_allclose(got, engine.local_accuracy(found.correct[:23], data), rtol=1e-6)
+    programs, state = programs_of(data, bn_eval), start()
+    local = measure.networks(programs, state)["local_accuracy"]
+    assert measure.adapted(programs, state)["local_accuracy_by_depth"]["none"] == pytest.approx(local, rel=1e-6)
+
+
+def test_what_is_asked_of_a_network_twice_recalibrates_it_once(data, monkeypatch):
+    """And is what it is if it is asked by itself."""
+    programs, state, calibrations = programs_of(data, "recalibrated"), start(), []
+    dealt = engine.divided_in_batches
+
+    def counted(drawn, *given):
+        calibrations.append(int(drawn.distinct))
+        return dealt(drawn, *given)
+
+    monkeypatch.setattr(engine, "divided_in_batches", counted)
+    other = state.server._replace(params=jax.tree.map(lambda x: -x, state.server.params))
+    for server in (state.server, other):
+        one = measure.Candidate(programs, state, server)
+        found = [one.server_accuracy(), one.training_accuracy()]
+        assert calibrations.pop() == 0
+        assert found[0] == measure.Candidate(programs, state, server).server_accuracy()
+        assert found[1] == measure.Candidate(programs, state, server).training_accuracy()
+        assert min(calibrations) > 0
+        held = np.concatenate([rows[:n] for rows, n in zip(data.train, data.train_size, strict=True)])
+        net = toy.ALGORITHM.global_model(server)
+        drawn = engine.draw(data, SEED, jnp.int32(ROUND - 1), COHORT)
+        mean = pixels(data.image[drawn.rows[: int(drawn.distinct) // 10 * 10]]).mean(0)
+        want = by_hand(net, np.asarray(data.image)[held], np.asarray(data.label)[held], mean)[0]
+        assert found[1] == pytest.approx(want.mean())

@@ -19,6 +19,7 @@ from fedmetanas_jax.algorithms import averaging, found
 from fedmetanas_jax.config import Config
 from fedmetanas_jax.core import Phase, Reply
 from fedmetanas_jax.engine import programs
+from fedmetanas_jax.engine.kept import Kept
 from fedmetanas_jax.engine.round import traffic_of, train_examples
 from fedmetanas_jax.models.darts import darts_space
 from fedmetanas_jax.nas import mask as masks
@@ -123,7 +124,7 @@ def test_networks_have_programs_of_their_own_unless_the_run_ends_first(tmp_path,
 
 
 def test_another_seed_compiles_nothing(tmp_path, monkeypatch):
-    lowered, kept = Mock(wraps=programs._lowered), programs.Kept()
+    lowered, kept = Mock(wraps=programs._lowered), Kept()
     monkeypatch.setattr(programs, "_lowered", lowered)
     config = Config(
         method="fedrlnas", dataset="digits", width=2, cells=1, nodes=1, clients=4, cohort=2, train_size=32,

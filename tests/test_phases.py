@@ -10,8 +10,9 @@ import toy
 
 from fedmetanas_jax.build import one_phase
 from fedmetanas_jax.core import Array, Phase, Tree
-from fedmetanas_jax.engine import evaluate, worth
+from fedmetanas_jax.engine import worth
 from fedmetanas_jax.engine.mesh import clients_mesh
+from fedmetanas_jax.engine.programs import Programs
 from fedmetanas_jax.engine.round import cohort, stream_key
 
 DATA = toy.make_data()
@@ -131,8 +132,8 @@ def test_an_event_that_was_put_off_ends_in_its_smaller_program(tmp_path, ahead):
 
 
 def test_what_an_event_costs_is_measured_on_no_image_twice(monkeypatch, tmp_path):
-    seen, drawn = [], evaluate.calibration_rows
-    monkeypatch.setattr(evaluate, "calibration_rows", lambda *given: seen.append(drawn(*given)) or seen[-1])
+    seen, judges = [], Programs.judges
+    monkeypatch.setattr(Programs, "judges", lambda *given: seen.append(judges(*given)) or seen[-1])
     said: list = []
     toy.run(events(["harmless"]), DATA, tmp_path / "run", said)
     assert [line.get("event_cost_on_training_images") for line in records(said)] == [None, 0.0, None, None]

@@ -8,6 +8,7 @@ import pytest
 import toy
 
 from fedmetanas_jax.engine import programs as engine
+from fedmetanas_jax.engine.kept import Kept
 from fedmetanas_jax.engine.round import init_state
 
 CLIENTS, COHORT = 8, 6
@@ -60,14 +61,14 @@ def test_a_resumed_run_takes_what_was_chosen(start, monkeypatch):
 
 
 def test_a_run_that_is_given_programs_computes_as_many_as_they_do(start, monkeypatch):
-    kept = engine.Kept()
+    kept = Kept()
     some, _ = compiled(start, 20 * 10**6, monkeypatch, kept=kept)
     monkeypatch.setattr(engine, "_lowered", lambda *given: pytest.fail("something is compiled"))
     assert compiled(start, 10**6, monkeypatch, kept=kept)[0] == some
 
 
 def test_what_the_last_run_did_not_use_is_not_kept():
-    kept = engine.Kept()
+    kept = Kept()
     for run in range(3):
         kept.next_run("a method")
         assert (kept.get("shared") is None) == (run == 0)

@@ -22,7 +22,7 @@ from fedmetanas_jax.config import alike
 from fedmetanas_jax.engine import records
 from fedmetanas_jax.engine.checkpoint import CheckpointError
 from fedmetanas_jax.engine.interrupt import Interrupt, interruptible
-from fedmetanas_jax.engine.programs import Kept
+from fedmetanas_jax.engine.kept import Kept
 from fedmetanas_jax.engine.records import RECORDS, InUseError, WorkdirError
 from fedmetanas_jax.files import beside, write_json
 from fedmetanas_jax.options import UsageError

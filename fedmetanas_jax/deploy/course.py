@@ -18,6 +18,7 @@ from fedmetanas_jax.deploy.connection import Connection
 from fedmetanas_jax.deploy.gather import Gather, Gathered
 from fedmetanas_jax.engine import measure, records, report
 from fedmetanas_jax.engine.course import Course
+from fedmetanas_jax.engine.measure import Candidate
 from fedmetanas_jax.engine.round import cohort, learn, stream_key
 
 
@@ -96,11 +97,9 @@ class DeployedCourse(Course):
         line.pop("local_accuracy", None)
         return seconds
 
-    def cost(self, server: Tree) -> float:
+    def cost(self, before: Candidate, after: Candidate) -> float:
         """Clients count how many of their own training images the two networks answer."""
-        if self.programs.global_model is None:
-            return 0.0
-        nets = [layout.Part(jax.device_get(self.programs.global_model(x))) for x in (self.state.server, server)]
+        nets = [layout.Part(jax.device_get(x.net)) for x in (before, after)]
         row, round = layout.pack(nets), self.done
         fields = {"round": round, "plan": self.gather.plan, "layout": layout.digest(nets)}
 

@@ -16,8 +16,10 @@ from fedmetanas_jax.engine import client_states, hosts, identity, measure, repor
 from fedmetanas_jax.engine.accountant import Account
 from fedmetanas_jax.engine.ahead import Ahead
 from fedmetanas_jax.engine.checkpoint import Checkpoints
+from fedmetanas_jax.engine.kept import Kept
+from fedmetanas_jax.engine.measure import Candidate
 from fedmetanas_jax.engine.mesh import put_data
-from fedmetanas_jax.engine.programs import Conduct, Kept, Programs
+from fedmetanas_jax.engine.programs import EVALUATION, Conduct, Programs
 from fedmetanas_jax.engine.round import cohort, everyones, init_state, state_shapes, stream_key
 from fedmetanas_jax.engine.shared_checkpoints import SharedCheckpoints
 from fedmetanas_jax.engine.timetable import Timetable, falls_due
@@ -130,11 +132,12 @@ class Course(Timetable):
         return self._served or self._measured()
 
     def _measured(self) -> Served | None:
-        return None if self.programs.measured is None else Served(*self.programs.measured, self.plan)
+        measured = self.programs.measured
+        return None if measured is None else Served(measured.net, measured.loss, self.plan)
 
-    def cost(self, server: Tree) -> float:
-        """Accuracy on clients' training images that the state loses with another server."""
-        return measure.cost(self.programs, self.state, server)
+    def cost(self, before: Candidate, after: Candidate) -> float:
+        """Accuracy on clients' training images that is lost from the one network to the other."""
+        return before.training_accuracy() - after.training_accuracy()
 
     def enter_next_phase(self, line: dict, say: Callable[[str], None]) -> float:
         """If the next phase, or a smaller program, is due here, enters it and records what that did.
@@ -147,7 +150,8 @@ class Course(Timetable):
         phase, key = self.phases[self.phase + 1], self._phase_key(self.phase + 1)
         if phase.ends:
             line |= measure.ended(self.programs, self.state, phase.ends, line)
-        before = line.get("server_accuracy") or measure.server_accuracy(self.programs, self.state)
+        old, new = Candidate(self.programs, self.state, self.state.server), None
+        before = line.get("server_accuracy") or old.server_accuracy()
         seconds, clock = self.programs.spent_compiling(), time.perf_counter()
         plan, server = phase.enter(self.state.server, self.plan, key)
         if server is None:
@@ -155,7 +159,8 @@ class Course(Timetable):
         if phase.shared is not None and self._shares():
             plan, server = phase.shared(server, plan)
         if phase.tolerance is not None:
-            cost = self.cost(server)
+            new = Candidate(self.programs, self.state, server)
+            cost = 0.0 if new.net is None else self.cost(old, new)
             line["event_cost_on_training_images"] = cost
             if cost > phase.tolerance:
                 return seconds + self._wait(phase, cost, line, say)
@@ -164,7 +169,9 @@ class Course(Timetable):
         self._enter(server, line, say)
         stalled = time.perf_counter() - clock
         # By the program that is there, as a smaller one is yet to be compiled. Weights that start anew have none.
-        after = None if phase.ends else measure.server_accuracy(self.programs, self.state)
+        if new is None or new.programs is not self.programs:
+            new = Candidate(self.programs, self.state, self.state.server)
+        after = None if phase.ends else new.server_accuracy()
         clock = time.perf_counter() - stalled
         seconds += self._move_on(line, say)
         line["event_stall_seconds"] = time.perf_counter() - clock  # beside the compiling that was not done ahead
@@ -279,12 +286,13 @@ class Course(Timetable):
 
     def _later(self) -> list[str]:
         """The programs that this algorithm will need after some of its rounds."""
-        names = ["evaluation"] if self.algorithm.global_model is not None else []
         adapts = self.conduct.adapt_every or (self._is_last() and self.conduct.final_adapt)
-        return [*names, "adaptation"] if adapts and not self.hosted else names
+        if adapts and not self.hosted:
+            return [EVALUATION, "adaptation"]
+        return [EVALUATION] if self.algorithm.global_model is not None else []
 
     def _at(self, due: int) -> list[str]:
         """The programs that are needed first where the run moves to an algorithm before this round or at the end."""
         if due == self.conduct.rounds:
-            return ["adaptation"] if self.conduct.final_adapt and not self.hosted else []
-        return ["round"] if self.algorithm.global_model is None else ["round", "evaluation"]
+            return ["adaptation", EVALUATION] if self.conduct.final_adapt and not self.hosted else []
+        return ["round"] if self.algorithm.global_model is None else ["round", EVALUATION]

@@ -2,7 +2,8 @@
 
 The server's test set holds every client's test images, so one pass over it answers for all of them.
 `bn_eval` says which moments batch norm uses (D-10): "running" the averaged ones of training, "batch" those of
-the images being classified, "recalibrated" the mean moments of un-augmented training images.
+the images being classified, "recalibrated" the mean moments of un-augmented training images, none of which counts
+twice. A client's own network is made by one program and answers by the other, which all networks share.
 """
 
 from collections.abc import Callable
@@ -15,9 +16,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from fedmetanas_jax.core import Algorithm, Array, Depth, Examples, FederatedData, Net, RoundState, Tree
+from fedmetanas_jax.core import Algorithm, Array, Depth, FederatedData, Net, RoundState, Tree
 from fedmetanas_jax.engine import hosts
-from fedmetanas_jax.engine.mesh import ALL, OWN, STATE, mean_of_devices, on_mesh, padded, put_data
+from fedmetanas_jax.engine.mesh import ALL, OWN, STATE, on_mesh, padded, put_data, sum_of_devices
 from fedmetanas_jax.engine.round import apart, cohort, map_some, stream_key, train_examples
 
 BN_EVAL = ("running", "batch", "recalibrated")
@@ -39,6 +40,24 @@ def check_bn_eval(bn_eval: str) -> None:
         raise ValueError(f"bn_eval={bn_eval!r}: allowed are {', '.join(map(repr, BN_EVAL))}")
 
 
+class Drawn(NamedTuple):
+    """Training images, by which batch norm is recalibrated or an event is judged."""
+
+    rows: Array  # [r] int32 of the pool; where these are all there are, they go on from the first one
+    distinct: Array  # [] int32: how many come before they do
+
+
+def moments_of(forward: Callable, net: Net, image: Array, batch: int, batches: Array | int) -> Tree:
+    """The sum, over the first `batches` [] of image [r, h, w, c] in batches, of each batch's own moments."""
+
+    def of(i: Array) -> Tree:
+        chunk = jax.lax.dynamic_slice_in_dim(image, i * batch, batch)
+        return forward(net, chunk, True)[1]
+
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of, jnp.int32(0)))
+    return jax.lax.fori_loop(0, batches, lambda i, so_far: jax.tree.map(jnp.add, so_far, of(i)), nothing)
+
+
 def recalibrate(forward: Callable, net: Net, image: Array, batch: int) -> Net:
     """The net with the mean, over batches of image [r, h, w, c], of the batches' own moments as its stats.
 
@@ -46,9 +65,8 @@ def recalibrate(forward: Callable, net: Net, image: Array, batch: int) -> Net:
     """
     batch = min(batch, image.shape[0])
     batches = image.shape[0] // batch
-    chunks = image[: batches * batch].reshape(batches, batch, *image.shape[1:])
-    moments = jax.lax.map(lambda chunk: forward(net, chunk, True)[1], chunks)
-    return net._replace(stats=jax.tree.map(lambda x: jnp.mean(x, axis=0), moments))
+    moments = moments_of(forward, net, image, batch, batches)
+    return net._replace(stats=jax.tree.map(lambda x: x / batches, moments))
 
 
 def answers(
@@ -77,27 +95,39 @@ def answers(
 
 
 def make_evaluate(algorithm: Algorithm, *, batch: int, bn_eval: str, mesh: Mesh | None = None) -> Callable:
-    """-> evaluate(net, data, rows [q], size [], calibration [r]) -> Correct of the first `size` rows, jitted.
+    """-> evaluate(net, data, rows [q], size [], calibration: Drawn | None) -> Correct of the first `size` rows, jitted.
 
-    rows, calibration: int32 rows of the pool. On a mesh (see `dividing`) every device answers a share of `rows`, as
-    `divided` deals them, and takes the moments of consecutive rows of `calibration`, which is read when bn_eval is
-    "recalibrated" and may be None otherwise.
+    rows: int32 rows of the pool. calibration is read when bn_eval is "recalibrated", and may be None otherwise; where
+    none of it is distinct, the net's stats stay as they are: it was recalibrated before. On a mesh (see `dividing`)
+    every device answers a share of `rows`, as `divided` deals them, and takes the moments of a share of the
+    calibration, as `divided_in_batches` does.
     """
     check_bn_eval(bn_eval)
     devices = 1 if mesh is None else mesh.size
 
-    def share(net: Net, data: FederatedData, rows: Array, size: Array, calibration: Array | None) -> Correct:
-        if bn_eval == "recalibrated":
-            net = recalibrate(algorithm.forward, net, data.image[calibration], batch)
-            if mesh is not None:
-                net = net._replace(stats=mean_of_devices(net.stats, mesh))
+    def share(net: Net, data: FederatedData, rows: Array, size: Array, calibration: Drawn | None) -> Correct:
         place = 0 if mesh is None else jax.lax.axis_index(mesh.axis_names)
-        mine = (size - place + devices - 1) // devices  # rows go round the devices, one to each
-        given = data.image[rows], data.label[rows], mine
+
+        def mine(count: Array) -> Array:  # what goes round the devices, one to each
+            return (count - place + devices - 1) // devices
+
+        if bn_eval == "recalibrated":
+            net = net._replace(stats=moments(net, data.image[calibration.rows], calibration.distinct, mine))
+        given = data.image[rows], data.label[rows], mine(size)
         found = answers(algorithm.forward, net, *given, batch, bn_eval == "batch")
         return Correct(*found, net.stats if bn_eval == "recalibrated" else ())
 
-    return jax.jit(on_mesh(share, mesh, (ALL, ALL, OWN, ALL, OWN), Correct(OWN, OWN, ALL)))
+    def moments(net: Net, image: Array, distinct: Array, mine: Callable) -> Tree:
+        """The mean of all full batches' moments, and of one batch's where there is none that is full."""
+        size = min(batch, image.shape[0])
+        batches = jnp.where(distinct > 0, jnp.maximum(distinct // size, 1), 0)
+        found = moments_of(algorithm.forward, net, image, size, mine(batches))
+        if mesh is not None:
+            found = sum_of_devices(found, mesh)
+        return jax.tree.map(lambda x, old: jnp.where(batches > 0, x / jnp.maximum(batches, 1), old), found, net.stats)
+
+    drawn = Drawn(OWN, ALL) if bn_eval == "recalibrated" else ALL
+    return jax.jit(on_mesh(share, mesh, (ALL, ALL, OWN, ALL, drawn), Correct(OWN, OWN, ALL)))
 
 
 def dividing(mesh: Mesh | None, *, batch: int, bn_eval: str) -> Mesh | None:
@@ -115,6 +145,15 @@ def divided(rows: Array, mesh: Mesh | None) -> Array:
     return put_data(rows.reshape(-1, devices).T.reshape(-1), mesh, OWN)
 
 
+def divided_in_batches(drawn: Drawn, mesh: Mesh | None, batch: int) -> Drawn:
+    """drawn on the devices, which take batches in turn: of two, the first has batches 0, 2, 4 ..."""
+    devices = 1 if mesh is None else mesh.size
+    rows = np.asarray(drawn.rows)
+    if devices > 1:
+        rows = rows.reshape(-1, devices, batch).swapaxes(0, 1).reshape(-1)
+    return Drawn(put_data(rows, mesh, OWN), jnp.int32(drawn.distinct))
+
+
 def in_order(found: Array, mesh: Mesh | None) -> np.ndarray:
     """What was found for the rows of `divided`, in the order they had before."""
     devices = 1 if mesh is None else mesh.size
@@ -122,10 +161,8 @@ def in_order(found: Array, mesh: Mesh | None) -> np.ndarray:
 
 
 @partial(jax.jit, static_argnums=(3, 4))
-def calibration_rows(
-    data: FederatedData, seed: Array | int, round: Array, cohort_size: int, count: int = CALIBRATION
-) -> Array:
-    """[count] int32: rows of the pool drawn from all training rows of that round's cohort together.
+def draw(data: FederatedData, seed: Array | int, round: Array, cohort_size: int, count: int = CALIBRATION) -> Drawn:
+    """`count` rows of the pool drawn from all training rows of that round's cohort together.
 
     Without replacement while there are enough (then over again in the same order); an image that two clients
     hold is there twice. A pure function of (seed, round).
@@ -133,10 +170,11 @@ def calibration_rows(
     chosen = cohort(seed, round, data.train.shape[0], cohort_size)
     rows = data.train[chosen]  # [cohort, n]
     held = jnp.arange(rows.shape[1]) < data.train_size[chosen, None]
-    draw = jax.random.uniform(stream_key(seed, "calibration", round), (rows.size,))
-    draw = draw[jnp.cumsum(held) - 1].reshape(rows.shape)  # one for each row held, however long the padding
-    order = jnp.argsort(jnp.where(held, draw, 2.0), axis=None)
-    return rows.reshape(-1)[order[jnp.arange(count) % jnp.sum(held)]]
+    number = jax.random.uniform(stream_key(seed, "calibration", round), (rows.size,))
+    number = number[jnp.cumsum(held) - 1].reshape(rows.shape)  # one for each row held, however long the padding
+    order = jnp.argsort(jnp.where(held, number, 2.0), axis=None)
+    there = jnp.sum(held)
+    return Drawn(rows.reshape(-1)[order[jnp.arange(count) % there]], jnp.minimum(there, count))
 
 
 @jax.jit
@@ -161,42 +199,25 @@ def summary(accuracy: Array) -> dict[str, Array]:
     return {"mean": jnp.mean(accuracy), "std": jnp.std(accuracy), "worst_tenth": jnp.mean(worst)}
 
 
-def make_personal(
-    algorithm: Algorithm, *, batch: int, bn_eval: str, at_once: int, mesh: Mesh | None = None
-) -> Callable:
-    """-> personal(state: RoundState, clients [s], data, steps [], calibration [r]) -> accuracy [s] after adaptation,
-    jitted.
+def make_personal(algorithm: Algorithm, *, at_once: int, mesh: Mesh | None = None) -> Callable:
+    """-> personal(state: RoundState, clients [s], data, steps [], first []) -> Net, leaves [s, ...]: what each of
+    `clients` int32 makes of the server's message in `steps` int32 steps on its training rows (a value: one program for
+    every depth), jitted. The state is left as it is.
 
-    Every one of `clients` int32 personalizes on its training rows for `steps` int32 steps (a value: one program
-    for every depth) and answers its test rows; the state is left as it is. state.owns are the rows of
-    just these clients. `calibration`, int32 rows of the pool, is read when bn_eval is "recalibrated" and may be None
-    otherwise; with the rows of `make_evaluate`, no step of adaptation changes nothing (D-10). `at_once` as in
-    make_round; on a mesh s is a multiple of its size, and a device works on the share whose states it holds.
-    Randomness is a function of (seed, state.round, client), not training's.
+    state.owns are more clients' states, of which these have s rows from `first` on. `at_once` as in make_round. On a
+    mesh s is a multiple of its size, and a device works on s / size clients whose states it holds, from `first` on of
+    its share. Randomness is a function of (seed, state.round, client), not training's.
     """
-    check_bn_eval(bn_eval)
 
-    def adapted(message, own, rows: Examples, key, steps, image: Array, label: Array, size: Array, seen: Array | None):
-        net = algorithm.personalize(message, own, rows, key, steps)
-        if bn_eval == "recalibrated":
-            net = recalibrate(algorithm.forward, net, seen, batch)
-        correct, _ = answers(algorithm.forward, net, image, label, size, batch, bn_eval == "batch")
-        return jnp.sum(correct & (jnp.arange(label.size) < size)) / size
-
-    def personal(
-        state: RoundState, clients: Array, data: FederatedData, steps: Array, calibration: Array | None
-    ) -> Array:
-        seen = data.image[calibration] if bn_eval == "recalibrated" else None
-
-        def client(x) -> Array:
+    def personal(state: RoundState, clients: Array, data: FederatedData, steps: Array, first: Array) -> Net:
+        def client(x) -> Net:
             k, own = x
             message = algorithm.send(state.server, k, None)
             key = stream_key(state.seed, "personal", state.round, k)
-            image, label = data.image[data.test[k]], data.label[data.test[k]]
-            start = message, own, train_examples(data, k)
-            return apart(adapted)(*start, key, steps, image, label, data.test_size[k], seen)
+            return apart(algorithm.personalize)(message, own, train_examples(data, k), key, steps)
 
-        return map_some(client, (clients, state.owns), at_once)
+        owns = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, len(clients)), state.owns)
+        return map_some(client, (clients, owns), at_once)
 
     return jax.jit(on_mesh(personal, mesh, (STATE, OWN, ALL, ALL, ALL), OWN))
 

@@ -8,7 +8,7 @@ from fedmetanas_jax import tree
 from fedmetanas_jax.core import Net, RoundState, Tree
 from fedmetanas_jax.engine import evaluate, hosts
 from fedmetanas_jax.engine.mesh import OWN, padded, put_data
-from fedmetanas_jax.engine.programs import Programs, floats
+from fedmetanas_jax.engine.programs import EVALUATION, OF_CLIENTS, Programs, floats
 
 
 def networks(programs: Programs, state: RoundState) -> dict:
@@ -47,19 +47,28 @@ def ended(programs: Programs, state: RoundState, name: str, known: dict) -> dict
     return found | {f"server_accuracy_discrete_{how}": accuracy for how, accuracy in by.items()}
 
 
-def server_accuracy(programs: Programs, state: RoundState) -> float | None:
-    """Of the network that serves everybody; None where there is none."""
-    if programs.global_model is None:
-        return None
-    return programs.accuracies(programs.global_model(state.server), state)[0]
+class Candidate:
+    """The network with which a server serves everybody, before or after an event. Its batch norm is recalibrated once,
+    however much is asked of it."""
 
+    def __init__(self, programs: Programs, state: RoundState, server: Tree):
+        self.programs, self._state, self._calibrated = programs, state, False
+        self.net: Net | None = None  # where a method has none
+        if programs.global_model is not None:
+            self._asked = self.net = programs.global_model(server)
 
-def cost(programs: Programs, state: RoundState, server: Tree) -> float:
-    """Accuracy on clients' training images that the state loses with another server; 0 without a global network."""
-    if programs.global_model is None:
-        return 0.0
-    before, after = (programs.training_accuracy(programs.global_model(x), state) for x in (state.server, server))
-    return before - after
+    def server_accuracy(self) -> float | None:
+        """On the server's test images; None where there is no network."""
+        return None if self.net is None else self._accuracy(self.programs.data.central)
+
+    def training_accuracy(self) -> float:
+        """On clients' training images, of whose test images an event must know nothing."""
+        return self._accuracy(self.programs.judges(self._state))
+
+    def _accuracy(self, rows) -> float:
+        found = self.programs.answers(self._asked, self._state, rows, self._calibrated)
+        self._asked, self._calibrated = found.net, True
+        return float(np.mean(found.correct))
 
 
 def adapted(programs: Programs, state: RoundState) -> dict:
@@ -73,21 +82,32 @@ def adapted(programs: Programs, state: RoundState) -> dict:
 
 def _personal(programs: Programs, state: RoundState, steps: int) -> np.ndarray:
     """[clients]: every client's accuracy with its own network after so many personalising steps."""
-    conduct, mesh = programs.conduct, programs.mesh
-    # What is on the host comes in portions of about a cohort, the last one filled up.
-    portion = padded(conduct.cohort if programs.hosted else conduct.clients, mesh)
-    seen = programs.calibration(state)
-    seen = None if seen is None else put_data(seen, mesh)
-    found = []
-    for start in range(0, conduct.clients, portion):
-        rows = np.arange(start, start + portion, dtype=np.int32) % conduct.clients
+    mesh, data, devices = programs.mesh, programs.data, 1 if programs.mesh is None else programs.mesh.size
+    share = padded(programs.conduct.clients, mesh) // devices  # of all clients, on a device
+    portion = programs.portion()
+    found = np.zeros(programs.conduct.clients)
+    for start in range(0, share, portion):
+        first = min(start, share - portion)  # the last ones of a share come with some that were there before
+        clients = (np.arange(devices)[:, None] * share + first + np.arange(portion)).reshape(-1)
+        clients = clients.astype(np.int32) % programs.conduct.clients
         given = state
         if programs.hosted:
-            given = state._replace(owns=put_data(tree.take(state.owns, rows), mesh, OWN))
-        ids = put_data(rows, mesh, OWN)
-        accuracy = programs("adaptation", given, ids, programs.data, jnp.int32(steps), seen)
-        found.append(np.asarray(hosts.gathered(accuracy)))
-    return np.concatenate(found)[: conduct.clients]
+            given, first = state._replace(owns=put_data(tree.take(state.owns, clients), mesh, OWN)), 0
+        ids = put_data(clients, mesh, OWN)
+        nets = programs("adaptation", given, ids, data, jnp.int32(steps), jnp.int32(first))
+        nets = jax.tree.map(np.asarray, hosts.gathered(nets))
+        for place, client in enumerate(clients):
+            rows = np.asarray(data.test[client])[: int(data.test_size[client])]
+            net = put_data(tree.take(nets, place), mesh)
+            found[client] = np.mean(programs.answers(net, state, rows, name=_named(programs, state, net)).correct)
+    return found
+
+
+def _named(programs: Programs, state: RoundState, net: Net) -> str:
+    """The program that such a network answers by."""
+    serves = programs.global_model
+    alike = serves is None or tree.form(net) == tree.form(jax.eval_shape(serves, state.server))
+    return EVALUATION if alike else OF_CLIENTS
 
 
 def event(programs: Programs, state: RoundState, name: str, before: float | None, after: float | None) -> dict:

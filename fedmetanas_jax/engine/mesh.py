@@ -75,16 +75,16 @@ def told(shapes: RoundState, mesh: Mesh | None, hosted: bool) -> RoundState:
     return RoundState(*(jax.tree.map(lying(spec), part) for part, spec in zip(shapes, specs, strict=True)))
 
 
-def mean_of_devices(values: Tree, mesh: Mesh) -> Tree:
-    """The mean of every device's values, on all of them; to be called under `on_mesh`."""
+def sum_of_devices(values: Tree, mesh: Mesh) -> Tree:
+    """The sum of every device's values, on all of them; to be called under `on_mesh`."""
     if not hosts.several():
-        return jax.lax.pmean(values, mesh.axis_names)
+        return jax.lax.psum(values, mesh.axis_names)
 
-    def mean(x: jax.Array) -> jax.Array:
+    def summed(x: jax.Array) -> jax.Array:
         # In the devices' order, as those of one process add: a network has one of its own, so other last bits.
-        return functools.reduce(jnp.add, jax.lax.all_gather(x, mesh.axis_names)) / mesh.size
+        return functools.reduce(jnp.add, jax.lax.all_gather(x, mesh.axis_names))
 
-    return jax.tree.map(mean, values)
+    return jax.tree.map(summed, values)
 
 
 def on_mesh(function: Callable, mesh: Mesh | None, in_specs: Tree, out_specs: Tree) -> Callable:

@@ -15,10 +15,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fedmetanas_jax import tree
 from fedmetanas_jax.core import Aggregate, Algorithm, Array, FederatedData, Net, RoundState
 from fedmetanas_jax.engine import evaluate, hosts
-from fedmetanas_jax.engine.mesh import ALL, OWN, free_bytes, padded, put_data, told
+from fedmetanas_jax.engine.kept import Kept
+from fedmetanas_jax.engine.mesh import ALL, OWN, free_bytes, padded, told
 from fedmetanas_jax.engine.round import MEAN, make_round
 
 NUMBERS = itertools.count()
+EVALUATION = "evaluation"  # of the network that serves everybody or, where there is none, of clients' own
+OF_CLIENTS = "evaluation of clients' networks"  # where these have another form
 BY = "evaluation by bn_eval="  # and which: programs of `Programs.server_accuracy_by`
 
 
@@ -44,31 +47,12 @@ class Conduct(NamedTuple):
     aggregate: Aggregate = MEAN
 
 
-class Kept:
-    """What runs that differ in seed or split alone compiled, for the next of them.
+class Answers(NamedTuple):
+    """What a network makes of some images."""
 
-    Only what the last one used: programs of the networks that single runs find would pile up, and a process has room
-    for the code of some fifteen supernets' (Linux's vm.max_map_count).
-    """
-
-    def __init__(self):
-        self._before, self._now, self._alike = {}, {}, ""
-
-    def get(self, name):
-        """The program of this name, which is hashable and says all that it depends on; None: there is none."""
-        if name not in self._now and name in self._before:
-            self._now[name] = self._before[name]
-        return self._now.get(name)
-
-    def put(self, name, program) -> None:
-        """Another program."""
-        self._now[name] = program
-
-    def next_run(self, alike: str) -> "Kept":
-        """Another run begins; programs of runs for which `alike` was something else are none of its own."""
-        self._before, self._now = self._now if alike == self._alike else {}, {}
-        self._alike = alike
-        return self
+    correct: np.ndarray  # [q] bool
+    loss: np.ndarray  # [q] float32, nats
+    net: Net  # with the statistics that it had
 
 
 class Programs:
@@ -98,8 +82,9 @@ class Programs:
         self.at_once = conduct.at_once if conduct.at_once >= 0 else at_once
         self._number = next(NUMBERS)  # the same on all processes
         self.seconds = self.seconds_ahead = 0.0
-        self.measured: tuple[Net, np.ndarray] | None = None  # by `accuracies`, the last time
+        self.measured: Answers | None = None  # by `accuracies`, the last time
         self._compiled: dict = {}
+        self._personal: dict[int, Callable] = {}  # by at_once, so that it is traced once
         self._kept, self._of = kept or Kept(), of
         self._later, self._begun, self._thread = later, {}, ThreadPoolExecutor(1)
         # Small, but operation by operation they would be compiled a hundred times over.
@@ -124,7 +109,7 @@ class Programs:
         """Compiles these programs before the first one is due; `state` may be its shapes."""
         start = time.perf_counter()
         for name in names:
-            self._compiled[name] = self._compile(name, *self._to_come(name, state))
+            self._compiled[name] = self._prepared(name, state)
         self.seconds_ahead = time.perf_counter() - start
 
     def _begin(self, state: RoundState) -> None:
@@ -135,8 +120,11 @@ class Programs:
         for name in self._later:
             known = name != "adaptation" or self.at_once is not None  # the round has yet to find how many fit
             if known and name not in there:
-                given = self._to_come(name, told(state, self.mesh, self.hosted))
-                self._begun[name] = self._thread.submit(self._compile, name, *given)
+                self._begun[name] = self._thread.submit(self._prepared, name, told(state, self.mesh, self.hosted))
+
+    def _prepared(self, name: str, state: RoundState):
+        """The program, before what it will be given is there; of a state its shapes are enough."""
+        return self._compile(name, *self._to_come(name, state))
 
     def _to_come(self, name: str, state: RoundState) -> tuple:
         """The shapes of what a program will be given, from those of a state."""
@@ -144,18 +132,29 @@ class Programs:
         def rows(count: int, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
             return self._shaped((count,), jnp.int32, spec)
 
-        seen = evaluate.CALIBRATION if self.conduct.bn_eval == "recalibrated" else None
         number = jax.ShapeDtypeStruct((), jnp.int32)
         if name == "round":
             return state, self.data, number
+        clients = rows(self.portion() * (1 if self.mesh is None else self.mesh.size), OWN)
         if name == "adaptation":
-            ids = rows(padded(self.conduct.clients, self.mesh), OWN)
-            return state, ids, self.data, number, None if seen is None else rows(seen, ALL)
-        net = jax.eval_shape(self.algorithm.global_model, state.server)
+            return state, clients, self.data, number, number
+        if self.algorithm.global_model is not None:
+            net = jax.eval_shape(self.algorithm.global_model, state.server)
+        else:
+            net = jax.eval_shape(self._made("adaptation", self.at_once or 0), state, clients, self.data, number, number)
+            net = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), net)
         net = jax.tree.map(lambda x: self._shaped(x.shape, x.dtype, ALL), net)
         spec = ALL if self._divides is None else OWN
         places = rows(padded(self._places(), self._divides), spec)
-        return net, self.data, places, number, None if seen is None else rows(seen, spec)
+        recalibrates = self.conduct.bn_eval == "recalibrated"
+        seen = evaluate.Drawn(rows(evaluate.CALIBRATION, spec), number) if recalibrates else None
+        return net, self.data, places, number, seen
+
+    def portion(self) -> int:
+        """Clients of a device that `adaptation` makes the networks of at a time: as many as of a cohort, so that no
+        more of these are there at once than a round has."""
+        devices = 1 if self.mesh is None else self.mesh.size
+        return -(-self.conduct.cohort // devices)
 
     def _shaped(self, shape: tuple[int, ...], dtype, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
         where = None if self.mesh is None else NamedSharding(self.mesh, spec)
@@ -187,11 +186,13 @@ class Programs:
             shape = {"cohort_size": conduct.cohort, "block": conduct.block, "hosted": self.hosted}
             shape["aggregate"] = conduct.aggregate
             return make_round(self.algorithm, **shape, **common)
-        if name == "evaluation":
+        if name in (EVALUATION, OF_CLIENTS):
             return evaluate.make_evaluate(self.algorithm, **sizes, mesh=self._divides)
         if name.startswith(BY):
             return evaluate.make_evaluate(self.algorithm, **sizes | {"bn_eval": name.removeprefix(BY)})
-        return evaluate.make_personal(self.algorithm, **sizes, **common)
+        if at_once not in self._personal:
+            self._personal[at_once] = evaluate.make_personal(self.algorithm, **common)
+        return self._personal[at_once]
 
     def _compile_as_many_as_fit(self, *arguments):
         """The round with all of a device's clients in one vmap or, where XLA says that this takes more than the
@@ -220,10 +221,10 @@ class Programs:
         return seconds
 
     def accuracies(self, net: Net, state: RoundState) -> tuple[float, dict, float]:
-        """(server accuracy, local accuracies without adaptation, loss) of one network for everybody. `measured` is then
-        it, with the statistics that it had, and its loss on each of the server's test images."""
-        correct, loss, stats = self._answers(net, state, self.data.central)
-        self.measured = net._replace(stats=stats) if jax.tree.leaves(stats) else net, loss
+        """(server accuracy, local accuracies without adaptation, loss) of one network for everybody, which is what was
+        `measured` then, on each of the server's test images."""
+        self.measured = self.answers(net, state, self.data.central)
+        correct, loss, _ = self.measured
         local = evaluate.summary(evaluate.local_accuracy(jnp.asarray(correct), self.data))
         return float(np.mean(correct)), floats(local), float(np.mean(loss))
 
@@ -239,36 +240,37 @@ class Programs:
         found = self(f"{BY}{bn_eval}", net, self.data, rows, jnp.int32(len(rows)), seen)
         return float(np.mean(found.correct))
 
-    def training_accuracy(self, net: Net, state: RoundState) -> float:
-        """Of training images drawn from all clients' in this round, no client's twice, by the same program."""
-        count = min(evaluate.JUDGES, int(np.sum(np.asarray(self.data.train_size))))
-        rows = self._drawn(state, self.conduct.clients, count)
-        return float(np.mean(self._answers(net, state, rows).correct))
+    def judges(self, state: RoundState) -> np.ndarray:
+        """Rows of the pool that an event is judged by: training images drawn from all clients' in this round, no
+        client's twice."""
+        drawn = self._drawn(state, self.conduct.clients, evaluate.JUDGES)
+        return drawn.rows[: int(drawn.distinct)]
 
-    def calibration(self, state: RoundState) -> np.ndarray | None:
-        """Rows of the pool by which batch norm is recalibrated; None where it is not."""
-        if self.conduct.bn_eval != "recalibrated":
-            return None
-        return self._drawn(state, self.conduct.cohort, evaluate.CALIBRATION)
+    def answers(
+        self, net: Net, state: RoundState, rows: Array, calibrated: bool = False, name: str = EVALUATION
+    ) -> Answers:
+        """What the network makes of rows [q] of the pool, of which there are at most as many as the program takes.
 
-    def _answers(self, net: Net, state: RoundState, rows: Array) -> evaluate.Correct:
-        """What the network makes of rows [q] of the pool, of which there are at most as many as the program takes."""
-        calibration = self.calibration(state)
-        if calibration is not None:
-            calibration = put_data(calibration, self._divides, OWN)
+        calibrated: the net's statistics are those of `Answers.net` already.
+        """
+        seen = None
+        if self.conduct.bn_eval == "recalibrated":
+            seen = self._drawn(state, self.conduct.cohort, evaluate.CALIBRATION)
+            seen = seen._replace(distinct=np.int32(0)) if calibrated else seen
+            seen = evaluate.divided_in_batches(seen, self._divides, self.conduct.eval_batch)
         given = evaluate.divided(np.resize(rows, self._places()), self._divides)
-        found = self("evaluation", net, self.data, given, jnp.int32(len(rows)), calibration)
+        found = self(name, net, self.data, given, jnp.int32(len(rows)), seen)
         correct, loss = (evaluate.in_order(x, self._divides)[: len(rows)] for x in found[:2])
-        return evaluate.Correct(correct, loss, found.stats)
+        return Answers(correct, loss, net if seen is None else net._replace(stats=found.stats))
 
     def _places(self) -> int:
         """Rows that the evaluation takes."""
         return max(len(self.data.central), evaluate.JUDGES)
 
-    def _drawn(self, state: RoundState, clients: int, count: int) -> np.ndarray:
-        """[count] rows of training images of the last round's cohort, were it of so many clients."""
+    def _drawn(self, state: RoundState, clients: int, count: int) -> evaluate.Drawn:
+        """Training images of the last round's cohort, were it of so many clients."""
         last = jnp.maximum(state.round - 1, 0)
-        return np.asarray(evaluate.calibration_rows(self.data, state.seed, last, clients, count))
+        return jax.tree.map(np.asarray, evaluate.draw(self.data, state.seed, last, clients, count))
 
 
 def floats(summary: dict) -> dict:
