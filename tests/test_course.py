@@ -19,10 +19,13 @@ TINY = Config(
 )  # fmt: skip
 
 
+KEPT = Kept()  # what a run compiles, for those of the same config
+
+
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("unbroken") / "run"
-    build.run(TINY, task="t", workdir=workdir, data_dir=workdir)
+    build.run(TINY, task="t", workdir=workdir, data_dir=workdir, kept=KEPT)
     return workdir
 
 
@@ -59,7 +62,7 @@ def test_weights_are_recorded_where_the_network_is_evaluated_or_pruned(unbroken)
 def test_a_pause_between_the_two_changes_no_bit(unbroken, tmp_path):
     workdir = tmp_path / "run"
     for stop_after in (3, None):
-        build.run(TINY, task="t", workdir=workdir, data_dir=tmp_path, stop_after=stop_after)
+        build.run(TINY, task="t", workdir=workdir, data_dir=tmp_path, stop_after=stop_after, kept=KEPT)
     assert timeless(unbroken) == timeless(workdir)
     with np.load(unbroken / "network.npz") as one, np.load(workdir / "network.npz") as other:
         for name in one.files:
@@ -83,10 +86,10 @@ def test_how_it_is_computed_makes_no_other_search(unbroken, tmp_path, how):
 def test_where_it_does_not_pay_the_smaller_program_comes_at_the_end(unbroken, tmp_path, monkeypatch):
     """The rounds after the last event are left to the supernet's, which skips what is pruned; a run that is broken off
     among them does the same."""
-    config = dataclasses.replace(TINY, compile_ahead=-1, final_adapt=True)
+    config, how = dataclasses.replace(TINY, compile_ahead=-1, final_adapt=True), {"data_dir": tmp_path, "kept": Kept()}
     for name, stops in (("whole", (None,)), ("broken off", (5, None))):
         for stop_after in stops:
-            build.run(config, task="t", workdir=tmp_path / name, data_dir=tmp_path, stop_after=stop_after)
+            build.run(config, task="t", workdir=tmp_path / name, stop_after=stop_after, **how)
     whole, broken = (timeless(tmp_path / name) for name in ("whole", "broken off"))
     assert whole == broken
     lines = records(tmp_path / "whole")

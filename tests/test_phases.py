@@ -1,5 +1,6 @@
 """What a phase may be: fresh weights from a key, clients that start anew, a method without a global network."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -11,6 +12,8 @@ import toy
 from fedmetanas_jax.build import one_phase
 from fedmetanas_jax.core import Array, Phase, Tree
 from fedmetanas_jax.engine import worth
+from fedmetanas_jax.engine.course import Course
+from fedmetanas_jax.engine.kept import Kept
 from fedmetanas_jax.engine.mesh import clients_mesh
 from fedmetanas_jax.engine.programs import Programs
 from fedmetanas_jax.engine.round import cohort, stream_key
@@ -105,6 +108,10 @@ def keep(server, plan, smaller):
     return server
 
 
+# What differs between a test's runs is no matter of their programs, which are compiled once.
+PUT_OFF, SHRINKS = (partial(Course, kept=Kept()) for _ in range(2))
+
+
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_an_event_that_was_put_off_ends_in_its_smaller_program(tmp_path, ahead):
     """Before round 4 the event would break the network; then it does not."""
@@ -121,7 +128,7 @@ def test_an_event_that_was_put_off_ends_in_its_smaller_program(tmp_path, ahead):
     for name, stops in (("whole", (None,)), ("broken off", (3, 1, None))):
         said: list = []
         for stop_after in stops:
-            how = {"rounds": 7, "compile_ahead": ahead, "stop_after": stop_after}
+            how = {"rounds": 7, "compile_ahead": ahead, "stop_after": stop_after, "make_course": PUT_OFF}
             outcome = toy.run(phases, DATA, tmp_path / name, said, **how)
         lines = records(said)
         assert [line["round"] for line in lines if "event_put_off" in line] == [2, 3]
@@ -172,7 +179,8 @@ def test_a_smaller_program_is_entered_once_as_much_was_done_in_vain_as_it_costs(
     for name, stops in (("whole", (None,)), ("broken off", (5, 2, 1, None))):
         said: list = []
         for stop_after in stops:
-            toy.run(phases, DATA, tmp_path / name, said, rounds=12, stop_after=stop_after)
+            how = {"rounds": 12, "stop_after": stop_after, "make_course": SHRINKS}
+            toy.run(phases, DATA, tmp_path / name, said, **how)
         assert [line["macs"] / (3 * line["image_gradients"]) for line in records(said)] == by_round
 
 
@@ -213,15 +221,16 @@ def test_an_event_that_would_cost_too_much_is_put_off_and_the_next_comes_in_its_
 
 def test_a_last_event_is_tried_again_also_by_a_resumed_run(tmp_path):
     said: list = []
-    toy.run(events(["harmful"]), DATA, tmp_path / "whole", said, rounds=5)
+    how = {"rounds": 5, "make_course": partial(Course, kept=Kept())}
+    toy.run(events(["harmful"]), DATA, tmp_path / "whole", said, **how)
     assert [line.get("event_put_off") for line in records(said)] == [None, *["harmful"] * 4]
     again: list = []
     for stop_after in (3, None):
-        toy.run(events(["harmful"]), DATA, tmp_path / "run", again, rounds=5, stop_after=stop_after)
+        toy.run(events(["harmful"]), DATA, tmp_path / "run", again, stop_after=stop_after, **how)
     assert without_the_clock(again) == without_the_clock(said)
     # Where an event may cost what it will, it is entered.
     free: list = []
-    toy.run(events(["harmful"], tolerance=None), DATA, tmp_path / "free", free, rounds=5)
+    toy.run(events(["harmful"], tolerance=None), DATA, tmp_path / "free", free, **how)
     assert records(free)[1]["event_accuracy_after"] < records(free)[1]["event_accuracy_before"]
 
 

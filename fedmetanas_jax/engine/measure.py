@@ -81,30 +81,35 @@ def adapted(programs: Programs, state: RoundState) -> dict:
 
 
 def _personal(programs: Programs, state: RoundState, steps: int) -> np.ndarray:
-    """[clients]: every client's accuracy with its own network after so many personalising steps."""
-    mesh, data, devices = programs.mesh, programs.data, 1 if programs.mesh is None else programs.mesh.size
-    share = padded(programs.conduct.clients, mesh) // devices  # of all clients, on a device
-    portion = programs.portion()
-    found = np.zeros(programs.conduct.clients)
+    """[clients]: every client's accuracy with its own network after so many personalising steps.
+
+    A portion of the clients makes its networks at a time, then each of these answers.
+    """
+    mesh, clients, data = programs.mesh, programs.conduct.clients, programs.data
+    devices = 1 if mesh is None else mesh.size
+    share, portion = padded(clients, mesh) // devices, programs.portion()  # of a device
+    test, size = np.asarray(data.test), np.asarray(data.test_size)
+    found = np.zeros(clients)
     for start in range(0, share, portion):
-        first = min(start, share - portion)  # the last ones of a share come with some that were there before
-        clients = (np.arange(devices)[:, None] * share + first + np.arange(portion)).reshape(-1)
-        clients = clients.astype(np.int32) % programs.conduct.clients
+        first = min(start, share - portion)  # the last portion is filled up with some that were there before
+        chosen = (np.arange(devices)[:, None] * share + first + np.arange(portion)).reshape(-1)
+        chosen = chosen.astype(np.int32) % clients
         given = state
         if programs.hosted:
-            given, first = state._replace(owns=put_data(tree.take(state.owns, clients), mesh, OWN)), 0
-        ids = put_data(clients, mesh, OWN)
+            given, first = state._replace(owns=put_data(tree.take(state.owns, chosen), mesh, OWN)), 0
+        ids = put_data(chosen, mesh, OWN)
         nets = programs("adaptation", given, ids, data, jnp.int32(steps), jnp.int32(first))
         nets = jax.tree.map(np.asarray, hosts.gathered(nets))
-        for place, client in enumerate(clients):
-            rows = np.asarray(data.test[client])[: int(data.test_size[client])]
+        name = _evaluation_of(programs, state, tree.take(nets, 0))
+        for place, client in enumerate(chosen):
             net = put_data(tree.take(nets, place), mesh)
-            found[client] = np.mean(programs.answers(net, state, rows, name=_named(programs, state, net)).correct)
+            answers = programs.answers(net, state, test[client, : size[client]], name=name)
+            found[client] = np.mean(answers.correct)
     return found
 
 
-def _named(programs: Programs, state: RoundState, net: Net) -> str:
-    """The program that such a network answers by."""
+def _evaluation_of(programs: Programs, state: RoundState, net: Net) -> str:
+    """The program that such a network of a client answers by."""
     serves = programs.global_model
     alike = serves is None or tree.form(net) == tree.form(jax.eval_shape(serves, state.server))
     return EVALUATION if alike else OF_CLIENTS
