@@ -9,7 +9,7 @@ import toy
 from fedmetanas_jax.core import Net
 from fedmetanas_jax.engine import evaluate as engine
 from fedmetanas_jax.engine import measure
-from fedmetanas_jax.engine.mesh import clients_mesh, put_data
+from fedmetanas_jax.engine.mesh import clients_mesh, put_data, put_state, told
 from fedmetanas_jax.engine.programs import Conduct, Programs
 from fedmetanas_jax.engine.round import cohort, init_state, stream_key, train_examples
 
@@ -70,6 +70,8 @@ def test_recalibrated_moments_are_the_mean_over_full_batches(data, net):
     assert got.params is net.params
     few = engine.recalibrate(toy.forward, net, image[:3], 4)
     np.testing.assert_allclose(few.stats["mean"], pixels(image[:3]).mean(0), rtol=1e-5)
+    padded = engine.recalibrate(toy.forward, net, image, 4, jnp.int32(7))  # the rest is none of a client's
+    np.testing.assert_allclose(padded.stats["mean"], pixels(image[:4]).mean(0), rtol=1e-5)
 
 
 @pytest.mark.parametrize(("distinct", "used"), [(18, 18), (17, 12), (6, 6), (4, 6), (0, None)])
@@ -163,13 +165,13 @@ def test_calibration_rows_come_from_the_rounds_cohort(data):
 ROUND, COHORT = 9, 3
 
 
-def programs_of(data, bn_eval: str, mesh=None, hosted=False) -> Programs:
+def programs_of(data, bn_eval: str, mesh=None, hosted=False, algorithm=toy.ALGORITHM) -> Programs:
     conduct = Conduct(
         rounds=9, seed=SEED, clients=CLIENTS, cohort=COHORT, batch=4, epochs=2, at_once=1, block=1, compile_ahead=0,
         client_states="auto", bn_eval=bn_eval, eval_batch=10, eval_every=0, adapt_every=0, final_adapt=True,
         checkpoint_every=1,
     )  # fmt: skip
-    return Programs(toy.ALGORITHM, conduct, put_data(data, mesh), mesh, hosted, None, lambda text: None)
+    return Programs(algorithm, conduct, put_data(data, mesh), mesh, hosted, None, lambda text: None)
 
 
 def start(mesh=None, hosted=False):
@@ -207,6 +209,25 @@ def test_adapted_accuracy_is_each_clients_own_net_on_its_own_test_rows(data, bn_
     assert not any(x.is_deleted() for x in jax.tree.leaves(state) if isinstance(x, jax.Array))
 
 
+def in_another_form(*given):
+    return toy.personalize(*given)._replace(mix=jnp.ones(2))
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("changed", [{}, {"global_model": None}, {"personalize": in_another_form}])
+def test_whatever_the_global_network_is_clients_answer_alike_and_programs_are_ready_before_them(data, devices, changed):
+    """What was compiled from shapes alone is what is asked; a network of another form has a program of its own."""
+    want = measure.adapted(programs_of(data, "recalibrated"), start())
+    mesh = None if devices == 1 else clients_mesh(devices)
+    programs = programs_of(data, "recalibrated", mesh, algorithm=toy.ALGORITHM._replace(**changed))
+    state = put_state(start(mesh), mesh)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    programs.compile_ahead(told(shapes, mesh, False), ["evaluation", "adaptation"])
+    got = measure.adapted(programs, state)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), got, want)
+    assert (programs.spent_compiling() > 0) == ("personalize" in changed)
+
+
 @pytest.mark.parametrize("bn_eval", engine.BN_EVAL[::2])
 def test_without_a_step_of_adaptation_clients_fare_as_with_the_global_network(data, bn_eval):
     programs, state = programs_of(data, bn_eval), start()
@@ -216,25 +237,24 @@ def test_without_a_step_of_adaptation_clients_fare_as_with_the_global_network(da
 
 def test_what_is_asked_of_a_network_twice_recalibrates_it_once(data, monkeypatch):
     """And is what it is if it is asked by itself."""
-    programs, state, calibrations = programs_of(data, "recalibrated"), start(), []
-    dealt = engine.divided_in_batches
+    programs, state, distinct = programs_of(data, "recalibrated"), start(), []
+    answers = Programs.answers
 
-    def counted(drawn, *given):
-        calibrations.append(int(drawn.distinct))
-        return dealt(drawn, *given)
+    def counted(self, net, rows, seen):
+        distinct.append(int(seen.distinct))
+        return answers(self, net, rows, seen)
 
-    monkeypatch.setattr(engine, "divided_in_batches", counted)
+    monkeypatch.setattr(Programs, "answers", counted)
+    held = np.concatenate([rows[:n] for rows, n in zip(data.train, data.train_size, strict=True)])
+    drawn = engine.draw(data, SEED, jnp.int32(ROUND - 1), COHORT)
+    mean = pixels(data.image[drawn.rows[: int(drawn.distinct) // 10 * 10]]).mean(0)
     other = state.server._replace(params=jax.tree.map(lambda x: -x, state.server.params))
     for server in (state.server, other):
         one = measure.Candidate(programs, state, server)
         found = [one.server_accuracy(), one.training_accuracy()]
-        assert calibrations.pop() == 0
         assert found[0] == measure.Candidate(programs, state, server).server_accuracy()
         assert found[1] == measure.Candidate(programs, state, server).training_accuracy()
-        assert min(calibrations) > 0
-        held = np.concatenate([rows[:n] for rows, n in zip(data.train, data.train_size, strict=True)])
         net = toy.ALGORITHM.global_model(server)
-        drawn = engine.draw(data, SEED, jnp.int32(ROUND - 1), COHORT)
-        mean = pixels(data.image[drawn.rows[: int(drawn.distinct) // 10 * 10]]).mean(0)
         want = by_hand(net, np.asarray(data.image)[held], np.asarray(data.label)[held], mean)[0]
         assert found[1] == pytest.approx(want.mean())
+    assert distinct == 2 * [int(drawn.distinct), 0, int(drawn.distinct), int(drawn.distinct)]

@@ -182,7 +182,7 @@ class Worker:
 
         def count(net, image, label, size):
             if how == "recalibrated":  # by this client's own images, since it has no others
-                net = recalibrate(algorithm.forward, net, image, batch)
+                net = recalibrate(algorithm.forward, net, image, batch, size)
             correct, _ = answers(algorithm.forward, net, image, label, size, batch, how == "batch")
             return jnp.sum(correct & (jnp.arange(label.size) < size))
 

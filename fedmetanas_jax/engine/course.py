@@ -18,7 +18,7 @@ from fedmetanas_jax.engine.ahead import Ahead
 from fedmetanas_jax.engine.checkpoint import Checkpoints
 from fedmetanas_jax.engine.kept import Kept
 from fedmetanas_jax.engine.measure import Candidate
-from fedmetanas_jax.engine.mesh import put_data
+from fedmetanas_jax.engine.mesh import devices_of, put_data
 from fedmetanas_jax.engine.programs import EVALUATION, Conduct, Programs
 from fedmetanas_jax.engine.round import cohort, everyones, init_state, state_shapes, stream_key
 from fedmetanas_jax.engine.shared_checkpoints import SharedCheckpoints
@@ -169,9 +169,11 @@ class Course(Timetable):
         self._enter(server, line, say)
         stalled = time.perf_counter() - clock
         # By the program that is there, as a smaller one is yet to be compiled. Weights that start anew have none.
-        if new is None or new.programs is not self.programs:
-            new = Candidate(self.programs, self.state, self.state.server)
-        after = None if phase.ends else new.server_accuracy()
+        after = None
+        if not phase.ends:
+            same = new is not None and new.programs is self.programs
+            new = new if same else Candidate(self.programs, self.state, self.state.server)
+            after = new.server_accuracy()
         clock = time.perf_counter() - stalled
         seconds += self._move_on(line, say)
         line["event_stall_seconds"] = time.perf_counter() - clock  # beside the compiling that was not done ahead
@@ -260,7 +262,7 @@ class Course(Timetable):
 
     def _place_owns(self, algorithm: Algorithm, say: Callable[[str], None]) -> None:
         nbytes = tree.nbytes(state_shapes(algorithm, self.conduct.clients, self.mesh).owns)
-        devices = 1 if self.mesh is None else self.mesh.size
+        devices = devices_of(self.mesh)
         self.hosted, where = client_states.place(self.conduct.client_states, nbytes, devices)
         if nbytes:
             say(where)

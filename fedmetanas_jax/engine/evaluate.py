@@ -16,9 +16,10 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from fedmetanas_jax import tree
 from fedmetanas_jax.core import Algorithm, Array, Depth, FederatedData, Net, RoundState, Tree
 from fedmetanas_jax.engine import hosts
-from fedmetanas_jax.engine.mesh import ALL, OWN, STATE, on_mesh, padded, put_data, sum_of_devices
+from fedmetanas_jax.engine.mesh import ALL, OWN, STATE, devices_of, on_mesh, padded, put_data, sum_of_devices
 from fedmetanas_jax.engine.round import apart, cohort, map_some, stream_key, train_examples
 
 BN_EVAL = ("running", "batch", "recalibrated")
@@ -47,26 +48,36 @@ class Drawn(NamedTuple):
     distinct: Array  # [] int32: how many come before they do
 
 
-def moments_of(forward: Callable, net: Net, image: Array, batch: int, batches: Array | int) -> Tree:
-    """The sum, over the first `batches` [] of image [r, h, w, c] in batches, of each batch's own moments."""
-
-    def of(i: Array) -> Tree:
-        chunk = jax.lax.dynamic_slice_in_dim(image, i * batch, batch)
-        return forward(net, chunk, True)[1]
-
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of, jnp.int32(0)))
-    return jax.lax.fori_loop(0, batches, lambda i, so_far: jax.tree.map(jnp.add, so_far, of(i)), nothing)
-
-
-def recalibrate(forward: Callable, net: Net, image: Array, batch: int) -> Net:
+def recalibrate(
+    forward: Callable, net: Net, image: Array, batch: int, distinct: Array | int | None = None, mesh: Mesh | None = None
+) -> Net:
     """The net with the mean, over batches of image [r, h, w, c], of the batches' own moments as its stats.
 
-    Images past the last full batch are left out: the moments of a handful would count as much as a batch's.
+    Only the first `distinct` [] images count (None: all), and those past the last full batch are left out: the moments
+    of a handful would count as much as a batch's. Fewer than a batch make one all the same, with what follows them; of
+    none the net stays as it is. Under `on_mesh` the images are this device's of `divided_in_batches`, and the mean is
+    all devices'.
     """
-    batch = min(batch, image.shape[0])
-    batches = image.shape[0] // batch
-    moments = moments_of(forward, net, image, batch, batches)
-    return net._replace(stats=jax.tree.map(lambda x: x / batches, moments))
+    size = min(batch, image.shape[0])
+    distinct = jnp.int32(image.shape[0] if distinct is None else distinct)
+    batches = jnp.where(distinct > 0, jnp.maximum(distinct // size, 1), 0)
+
+    def moments(i: Array) -> Tree:
+        return forward(net, jax.lax.dynamic_slice_in_dim(image, i * size, size), True)[1]
+
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(moments, jnp.int32(0)))
+    found = jax.lax.fori_loop(0, _mine(batches, mesh), lambda i, so_far: tree.add(so_far, moments(i)), nothing)
+    if mesh is not None:
+        found = sum_of_devices(found, mesh)
+    mean = jax.tree.map(lambda x: x / jnp.maximum(batches, 1), found)
+    return net._replace(stats=tree.where(batches > 0, mean, net.stats))
+
+
+def _mine(count: Array, mesh: Mesh | None) -> Array:
+    """How many of `count` things that go round the devices, one to each, come to this one."""
+    if mesh is None:
+        return count
+    return (count - jax.lax.axis_index(mesh.axis_names) + mesh.size - 1) // mesh.size
 
 
 def answers(
@@ -103,30 +114,17 @@ def make_evaluate(algorithm: Algorithm, *, batch: int, bn_eval: str, mesh: Mesh 
     calibration, as `divided_in_batches` does.
     """
     check_bn_eval(bn_eval)
-    devices = 1 if mesh is None else mesh.size
+    recalibrates = bn_eval == "recalibrated"
 
     def share(net: Net, data: FederatedData, rows: Array, size: Array, calibration: Drawn | None) -> Correct:
-        place = 0 if mesh is None else jax.lax.axis_index(mesh.axis_names)
-
-        def mine(count: Array) -> Array:  # what goes round the devices, one to each
-            return (count - place + devices - 1) // devices
-
-        if bn_eval == "recalibrated":
-            net = net._replace(stats=moments(net, data.image[calibration.rows], calibration.distinct, mine))
-        given = data.image[rows], data.label[rows], mine(size)
+        if recalibrates:
+            seen = data.image[calibration.rows]
+            net = recalibrate(algorithm.forward, net, seen, batch, calibration.distinct, mesh)
+        given = data.image[rows], data.label[rows], _mine(size, mesh)
         found = answers(algorithm.forward, net, *given, batch, bn_eval == "batch")
-        return Correct(*found, net.stats if bn_eval == "recalibrated" else ())
+        return Correct(*found, net.stats if recalibrates else ())
 
-    def moments(net: Net, image: Array, distinct: Array, mine: Callable) -> Tree:
-        """The mean of all full batches' moments, and of one batch's where there is none that is full."""
-        size = min(batch, image.shape[0])
-        batches = jnp.where(distinct > 0, jnp.maximum(distinct // size, 1), 0)
-        found = moments_of(algorithm.forward, net, image, size, mine(batches))
-        if mesh is not None:
-            found = sum_of_devices(found, mesh)
-        return jax.tree.map(lambda x, old: jnp.where(batches > 0, x / jnp.maximum(batches, 1), old), found, net.stats)
-
-    drawn = Drawn(OWN, ALL) if bn_eval == "recalibrated" else ALL
+    drawn = Drawn(OWN, ALL) if recalibrates else ALL
     return jax.jit(on_mesh(share, mesh, (ALL, ALL, OWN, ALL, drawn), Correct(OWN, OWN, ALL)))
 
 
@@ -140,23 +138,28 @@ def dividing(mesh: Mesh | None, *, batch: int, bn_eval: str) -> Mesh | None:
 def divided(rows: Array, mesh: Mesh | None) -> Array:
     """rows [q] -> [q'] on the devices, which take them in turn: of two, the first has rows 0, 2, 4 ... Repeats fill up
     the last shares."""
-    devices = 1 if mesh is None else mesh.size
+    devices = devices_of(mesh)
     rows = np.resize(np.asarray(rows), padded(len(rows), mesh))
     return put_data(rows.reshape(-1, devices).T.reshape(-1), mesh, OWN)
 
 
 def divided_in_batches(drawn: Drawn, mesh: Mesh | None, batch: int) -> Drawn:
     """drawn on the devices, which take batches in turn: of two, the first has batches 0, 2, 4 ..."""
-    devices = 1 if mesh is None else mesh.size
+    devices = devices_of(mesh)
     rows = np.asarray(drawn.rows)
     if devices > 1:
         rows = rows.reshape(-1, devices, batch).swapaxes(0, 1).reshape(-1)
     return Drawn(put_data(rows, mesh, OWN), jnp.int32(drawn.distinct))
 
 
+def none_of(drawn: Drawn | None) -> Drawn | None:
+    """For a net that was recalibrated by them before."""
+    return None if drawn is None else drawn._replace(distinct=jnp.int32(0))
+
+
 def in_order(found: Array, mesh: Mesh | None) -> np.ndarray:
     """What was found for the rows of `divided`, in the order they had before."""
-    devices = 1 if mesh is None else mesh.size
+    devices = devices_of(mesh)
     return np.asarray(hosts.gathered(found)).reshape(devices, -1).T.reshape(-1)
 
 

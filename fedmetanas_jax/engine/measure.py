@@ -7,7 +7,7 @@ import numpy as np
 from fedmetanas_jax import tree
 from fedmetanas_jax.core import Net, RoundState, Tree
 from fedmetanas_jax.engine import evaluate, hosts
-from fedmetanas_jax.engine.mesh import OWN, padded, put_data
+from fedmetanas_jax.engine.mesh import OWN, devices_of, padded, put_data
 from fedmetanas_jax.engine.programs import EVALUATION, OF_CLIENTS, Programs, floats
 
 
@@ -52,7 +52,7 @@ class Candidate:
     however much is asked of it."""
 
     def __init__(self, programs: Programs, state: RoundState, server: Tree):
-        self.programs, self._state, self._calibrated = programs, state, False
+        self.programs, self._state, self._seen = programs, state, None
         self.net: Net | None = None  # where a method has none
         if programs.global_model is not None:
             self._asked = self.net = programs.global_model(server)
@@ -66,8 +66,9 @@ class Candidate:
         return self._accuracy(self.programs.judges(self._state))
 
     def _accuracy(self, rows) -> float:
-        found = self.programs.answers(self._asked, self._state, rows, self._calibrated)
-        self._asked, self._calibrated = found.net, True
+        seen = self._seen or self.programs.calibration(self._state)
+        found = self.programs.answers(self._asked, rows, seen)
+        self._asked, self._seen = found.net, evaluate.none_of(seen)
         return float(np.mean(found.correct))
 
 
@@ -86,7 +87,7 @@ def _personal(programs: Programs, state: RoundState, steps: int) -> np.ndarray:
     A portion of the clients makes its networks at a time, then each of these answers.
     """
     mesh, clients, data = programs.mesh, programs.conduct.clients, programs.data
-    devices = 1 if mesh is None else mesh.size
+    devices, seen = devices_of(mesh), programs.calibration(state)
     share, portion = padded(clients, mesh) // devices, programs.portion()  # of a device
     test, size = np.asarray(data.test), np.asarray(data.test_size)
     found = np.zeros(clients)
@@ -103,8 +104,7 @@ def _personal(programs: Programs, state: RoundState, steps: int) -> np.ndarray:
         name = _evaluation_of(programs, state, tree.take(nets, 0))
         for place, client in enumerate(chosen):
             net = put_data(tree.take(nets, place), mesh)
-            answers = programs.answers(net, state, test[client, : size[client]], name=name)
-            found[client] = np.mean(answers.correct)
+            found[client] = np.mean(programs.answers(net, test[client, : size[client]], seen, name).correct)
     return found
 
 

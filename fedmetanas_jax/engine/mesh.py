@@ -45,9 +45,14 @@ def free_bytes() -> int | None:
     return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
 
 
+def devices_of(mesh: Mesh | None) -> int:
+    """The devices that share the work."""
+    return 1 if mesh is None else mesh.size
+
+
 def padded(clients: int, mesh: Mesh | None) -> int:
     """The rows that clients' states have: as many as clients, filled up to equal shares of the devices."""
-    return clients if mesh is None else -(-clients // mesh.size) * mesh.size
+    return -(-clients // devices_of(mesh)) * devices_of(mesh)
 
 
 def put_data(data: Tree, mesh: Mesh | None, spec: PartitionSpec = ALL) -> Tree:

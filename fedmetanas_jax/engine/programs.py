@@ -16,7 +16,7 @@ from fedmetanas_jax import tree
 from fedmetanas_jax.core import Aggregate, Algorithm, Array, FederatedData, Net, RoundState
 from fedmetanas_jax.engine import evaluate, hosts
 from fedmetanas_jax.engine.kept import Kept
-from fedmetanas_jax.engine.mesh import ALL, OWN, free_bytes, padded, told
+from fedmetanas_jax.engine.mesh import ALL, OWN, devices_of, free_bytes, padded, told
 from fedmetanas_jax.engine.round import MEAN, make_round
 
 NUMBERS = itertools.count()
@@ -135,7 +135,7 @@ class Programs:
         number = jax.ShapeDtypeStruct((), jnp.int32)
         if name == "round":
             return state, self.data, number
-        clients = rows(self.portion() * (1 if self.mesh is None else self.mesh.size), OWN)
+        clients = rows(self.portion() * devices_of(self.mesh), OWN)
         if name == "adaptation":
             return state, clients, self.data, number, number
         if self.algorithm.global_model is not None:
@@ -153,8 +153,7 @@ class Programs:
     def portion(self) -> int:
         """Clients of a device that `adaptation` makes the networks of at a time: as many as of a cohort, so that no
         more of these are there at once than a round has."""
-        devices = 1 if self.mesh is None else self.mesh.size
-        return -(-self.conduct.cohort // devices)
+        return -(-self.conduct.cohort // devices_of(self.mesh))
 
     def _shaped(self, shape: tuple[int, ...], dtype, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
         where = None if self.mesh is None else NamedSharding(self.mesh, spec)
@@ -197,7 +196,7 @@ class Programs:
     def _compile_as_many_as_fit(self, *arguments):
         """The round with all of a device's clients in one vmap or, where XLA says that this takes more than the
         memory that is free, with as many as its figure lets expect to fit."""
-        devices = 1 if self.mesh is None else self.mesh.size
+        devices = devices_of(self.mesh)
         clients = at_once = -(-self.conduct.cohort // devices)
         while True:
             lowered = _lowered(self._made("round", at_once), *arguments)
@@ -223,7 +222,7 @@ class Programs:
     def accuracies(self, net: Net, state: RoundState) -> tuple[float, dict, float]:
         """(server accuracy, local accuracies without adaptation, loss) of one network for everybody, which is what was
         `measured` then, on each of the server's test images."""
-        self.measured = self.answers(net, state, self.data.central)
+        self.measured = self.answers(net, self.data.central, self.calibration(state))
         correct, loss, _ = self.measured
         local = evaluate.summary(evaluate.local_accuracy(jnp.asarray(correct), self.data))
         return float(np.mean(correct)), floats(local), float(np.mean(loss))
@@ -246,18 +245,18 @@ class Programs:
         drawn = self._drawn(state, self.conduct.clients, evaluate.JUDGES)
         return drawn.rows[: int(drawn.distinct)]
 
-    def answers(
-        self, net: Net, state: RoundState, rows: Array, calibrated: bool = False, name: str = EVALUATION
-    ) -> Answers:
+    def calibration(self, state: RoundState) -> evaluate.Drawn | None:
+        """What batch norm is recalibrated by after this round, dealt to the devices; None where it is not."""
+        if self.conduct.bn_eval != "recalibrated":
+            return None
+        drawn = self._drawn(state, self.conduct.cohort, evaluate.CALIBRATION)
+        return evaluate.divided_in_batches(drawn, self._divides, self.conduct.eval_batch)
+
+    def answers(self, net: Net, rows: Array, seen: evaluate.Drawn | None, name: str = EVALUATION) -> Answers:
         """What the network makes of rows [q] of the pool, of which there are at most as many as the program takes.
 
-        calibrated: the net's statistics are those of `Answers.net` already.
+        seen: of `calibration`; `none_of` it where the net's statistics are those of `Answers.net` already.
         """
-        seen = None
-        if self.conduct.bn_eval == "recalibrated":
-            seen = self._drawn(state, self.conduct.cohort, evaluate.CALIBRATION)
-            seen = seen._replace(distinct=np.int32(0)) if calibrated else seen
-            seen = evaluate.divided_in_batches(seen, self._divides, self.conduct.eval_batch)
         given = evaluate.divided(np.resize(rows, self._places()), self._divides)
         found = self(name, net, self.data, given, jnp.int32(len(rows)), seen)
         correct, loss = (evaluate.in_order(x, self._divides)[: len(rows)] for x in found[:2])
