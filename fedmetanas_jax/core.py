@@ -52,6 +52,8 @@ class Supernet(NamedTuple):
 
     init: Callable  # key -> (params, stats)
     apply: Callable  # (params, stats, image, mix [cell types, edges, ops] float32, train) -> (logits, stats)
+    #   or, for a mix that depends on the images, (cell i, what it reads [inputs, C, H, W, N]) -> (its row [edges, ops],
+    #   further moments by name, which are returned beside the network's)
     momentum: float
     macs: int
 
@@ -88,6 +90,7 @@ class SearchSpace(NamedTuple):
     #   to it: the value of the operation that a number belongs to; `rest` for what belongs to none
     resized: Callable  # (**size) -> SearchSpace whose maker got these arguments instead
     size: dict = {}  # the arguments that it got that way
+    reads: tuple[tuple[int, int, int], ...] = ()  # [cells] (C, H, W) of every input of a cell as its operations get it
     skips: bool = False  # whether a program made with sampled=True leaves out what the mix makes 0: a supernet's on a
     #   CPU, if clients are computed one after another
 

@@ -54,6 +54,8 @@ def test_statistics_without_a_norm_stay_out():
     merged, _, metrics = private("clip:3,gaussian:1", change)
     assert merged["stats"]["var"].tolist() == [0, 0, 0]
     assert metrics["noised_parts"] == 1
+    with pytest.raises(UsageError, match=r"decides by some of them \(scores_0\); give it as the third number"):
+        private("clip:3,gaussian:1", change | {"stats": {"scores_0": jnp.ones((SIZE, 3)), **change["stats"]}})
     assert aggregate.parse("clip:3,gaussian:1").noise == Noise(1.0, None, stats=False)
     assert aggregate.parse("clip:3:1:1,gaussian:0.5:1e-5").noise == Noise(0.5, 1e-5, stats=True)
 

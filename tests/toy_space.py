@@ -48,17 +48,19 @@ def toy_space(
             x = (x - (found if train else stats)["stem_norm"]["mean"]) @ params["stem"]
             for i, kind in enumerate(types):
                 cell, states, means = f"cell_{i}", [x, x], []
+                row, further = mix(i, jnp.stack([x, x]).mT[:, :, None, None]) if callable(mix) else (mix[kind], {})
+                found |= further
                 for node in (0, 1):
                     total = jnp.zeros_like(x)
                     for e in (e for e, (_, end) in enumerate(EDGES) if end == node):
                         source = states[EDGES[e][0]]
-                        total = total + (1 in plan[kind][e]) * mix[kind, e, 1] * source
+                        total = total + (1 in plan[kind][e]) * row[e, 1] * source
                         if e in rows[cell]:
-                            row = rows[cell].index(e)
-                            y = jnp.tanh(source) @ params[cell]["dense"]["kernel"][row]
+                            n = rows[cell].index(e)
+                            y = jnp.tanh(source) @ params[cell]["dense"]["kernel"][n]
                             means.append(jnp.mean(y, axis=0))
-                            known = means[-1] if train else stats[cell]["dense"]["norm"]["mean"][row]
-                            total = total + mix[kind, e, 2] * (y - known)
+                            known = means[-1] if train else stats[cell]["dense"]["norm"]["mean"][n]
+                            total = total + row[e, 2] * (y - known)
                     states.append(total)
                 if means:
                     found[cell] = {"dense": {"norm": {"mean": jnp.stack(means)}}}
@@ -69,7 +71,7 @@ def toy_space(
         return Supernet(init, apply, 0.1, macs)
 
     resized = partial(toy_space, classes=classes, width=width, every_edge=every_edge, parts=parts)
-    return search_space(graph, types, make, stacks, resized)
+    return search_space(graph, types, make, stacks, resized, ((width, 1, 1),) * len(types))
 
 
 def everything(space: SearchSpace) -> list:

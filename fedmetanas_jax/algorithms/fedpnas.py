@@ -5,6 +5,8 @@ share, and a personal part, whose weights and logits every client adapts before 
 the mean personal part is where clients start from.
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
@@ -15,6 +17,7 @@ from fedmetanas_jax.algorithms.searching import Server, searching
 from fedmetanas_jax.core import Array, Phase, SearchSpace, Setting
 from fedmetanas_jax.nas import mask as masks
 from fedmetanas_jax.nas import relax, sample, schedule
+from fedmetanas_jax.nas.logits import by_context, free
 from fedmetanas_jax.optimizers import Sampled, adam, local_sgd, sgd, weights_and_alphas
 
 
@@ -31,12 +34,12 @@ def fedpnas(
     temperature: float = 0.1,
     warmup: float = 0.09,
     none: bool = False,
+    sampler: Literal["free", "context"] = "free",
 ) -> list[Phase]:
     """Search of a shared base and personal cells, the personal part by a first-order meta step.
 
     Nodes sum all their inputs, and every cell has operations of its own. The network that is evaluated has the
-    likeliest operation of every edge. Left out, since they cannot concentrate or cost a second head: the
-    sampler that scores operations by the cell's input, and the auxiliary head (D-51).
+    likeliest operation of every edge. The auxiliary head of the authors' upload is left out (D-51).
 
     Paper: Hoang and Kingsford, NeurIPS 2021 workshop
 
@@ -51,12 +54,18 @@ def fedpnas(
       none: whether `none` is a candidate. The authors' space has no such operation, and one pass through what was drawn
         gives it no gradient, as its output is 0: it gains whatever the others lose, and on CIFAR-10 it took the whole
         personal cell within 20 rounds (D-34).
+      sampler: free = every cell's logits are learnt; context = a small network of every cell scores its operations by
+        what the cell reads, as in the authors' upload (`logits.by_context`). It takes the logits' place in all of the
+        above: `travel` and the rates are those of its weights. Of eight operations it can draw none more often than
+        with 0.28, so it cannot concentrate (D-51).
     """
+    check(sampler=(sampler, sampler == "free" or space.cells > 1, "free for a network of one cell"))
     check(alpha_lr=(alpha_lr, alpha_lr is None or alpha_lr >= 0, "none, 0 or more"))
     check(travel=(travel, travel >= 0, "0 or more"), temperature=(temperature, temperature > 0, "positive"))
     check(warmup=(warmup, 0 <= warmup < 1, "from 0 to below 1"))
     base, space = base_of(space, base_cells), space.resized(every_edge=True, parts=tuple(range(1, space.cells)))
     graph, part = space.graph, personal_part(space, base)
+    logits = by_context(graph, space.reads) if sampler == "context" else free(graph)
     rates = {"params": task_lr, "alpha": task_alpha_lr}
 
     def mix(sent: Server, alpha, key):
@@ -69,14 +78,14 @@ def fedpnas(
 
         def of(variables, stats, batches, key):
             keys = jax.random.split(key)
-            drawn = [mix(sent, variables["alpha"], keys[0]) != 0]
             # 1 g1 at (w, alpha).  2 the personal part takes a trial step.
             g1, warm_moments, first = backward.of(variables, stats, batches, keys[0])
+            drawn = [mix(sent, logits.of(variables["alpha"], warm_moments), keys[0]) != 0]
             steps = {name: tree.scale(g1[name], rate) for name, rate in rates.items()}
             trial = {name: part.of(tree.sub, variables[name], step) for name, step in steps.items()}
             # 3 g2 there, on the same batch with fresh noise.
-            drawn.append(mix(sent, trial["alpha"], keys[1]) != 0)
             g2, moments, metrics = backward.of(trial, stats, batches, keys[1])
+            drawn.append(mix(sent, logits.of(trial["alpha"], moments), keys[1]) != 0)
             # 4 the base descends along g2, the personal part along g2 - eta g1 <g1, g2>: MAML's (I - eta H) g2 with the
             # outer product g1 g1' for the Hessian H, of weights and logits apart (Eq. 9 there).
             meta = {name: part.of(_corrected(rate), g2[name], g1[name]) for name, rate in rates.items()}
@@ -101,6 +110,7 @@ def fedpnas(
         depth="epochs",
         begin=lambda key: masks.full_plan(graph, none),
         sampled=True,
+        logits=logits,
     )
 
 

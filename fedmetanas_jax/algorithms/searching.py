@@ -16,6 +16,7 @@ from fedmetanas_jax import local, tree
 from fedmetanas_jax.core import Algorithm, Alpha, Array, Depth, Mask, Net, Phase, Reply, SearchSpace, Setting, Tree
 from fedmetanas_jax.nas import mask as masks
 from fedmetanas_jax.nas import relax, sample
+from fedmetanas_jax.nas.logits import Logits, free
 from fedmetanas_jax.optimizers import drawn_alone
 
 
@@ -25,7 +26,7 @@ class Server(NamedTuple):
     round: Array  # [] int32
     params: Tree  # w
     stats: Tree
-    alpha: Alpha
+    alpha: Tree  # what is learnt of the logits: Alpha, where they are free
     mask: Mask
 
 
@@ -48,6 +49,7 @@ def searching(
     personal: Callable = lambda name: True,
     discrete: Callable | None = None,
     adapt_mix: Callable | None = None,
+    logits: Logits | None = None,
 ) -> list[Phase]:
     """A federated search of `space`: local epochs on weights and alphas, the mean of their changes, prune events.
 
@@ -70,9 +72,11 @@ def searching(
       adapt_mix: as `mix`, for a client that personalises; None: `mix` itself.
       discrete: server -> [cell types, edges, ops] of 0 and 1, what pruning would leave; None: the best pair of every
         node and the best operation of every edge.
+      logits: where the logits come from that `mix` takes for alpha; None: they are what is learnt.
     """
     graph = space.graph
-    harden = discrete or (lambda server: relax.harden(graph, server.alpha, server.mask))
+    logits = logits or free(graph)
+    harden = discrete or (lambda server: relax.harden(graph, logits.of(server.alpha, server.stats), server.mask))
     prunes = prune is not None
     skips = sampled or (prunes and space.skips)  # what is pruned, too, where that spares time
 
@@ -84,17 +88,21 @@ def searching(
 
         def init(key):
             net_key, alpha_key = jax.random.split(key)
-            alpha, mask = relax.init_alpha(alpha_key, graph), masks.of_plan(graph, plan)
-            return Server(jnp.int32(0), *net.init(net_key), alpha, mask), ()
+            params, stats = net.init(net_key)
+            alpha, further = logits.init(alpha_key)
+            return Server(jnp.int32(0), params, stats | further, alpha, masks.of_plan(graph, plan)), ()
+
+        def net_of(params, stats, mix: Array) -> Net:
+            return Net(params, tree.split(stats, logits.further)[1], mix)
 
         def loss_of(sent: Server, mix: Callable = mix) -> Callable:
             def loss(variables, stats, batch, key):
-                weights = mix(sent, variables["alpha"], key)
-                logits, moments = net.apply(variables["params"], stats, batch.image, weights, True)
+                entered, weights_of = logits.enter(variables["alpha"], lambda alpha: mix(sent, alpha, key))
+                answers, moments = net.apply(variables["params"], stats, batch.image, entered, True)
                 if skips:  # what was not computed has no moments
-                    moments = jax.tree.map(jnp.where, drawn(weights != 0, moments), moments, stats)
-                value = local.cross_entropy(logits, batch.label, batch.weight)
-                return value, (moments, local.accuracy(logits, batch.label, batch.weight))
+                    moments = jax.tree.map(jnp.where, drawn(weights_of(moments) != 0, moments), moments, stats)
+                value = local.cross_entropy(answers, batch.label, batch.weight)
+                return value, (moments, local.accuracy(answers, batch.label, batch.weight))
 
             return loss
 
@@ -114,7 +122,8 @@ def searching(
             steps = local.steps_a_round(data.weight, batches, setting, tasks)
             gradient, optimizer = search(sent, loss_of(sent), steps)
             if sampled:
-                gradient = _counting_macs(gradient, *sample.macs(space, plan))
+                rest, each = sample.macs(space, plan)
+                gradient = _counting_macs(gradient, rest + logits.macs, each)
                 optimizer = drawn_alone(optimizer, partial(moved, sent))
             variables, stats, metrics = train(gradient, optimizer, sent, data, key)
             if skips and not sampled:
@@ -138,12 +147,16 @@ def searching(
             loss = loss_of(sent, adapt_mix or mix)
             variables, stats, _ = train(local.plain(loss), adapt(sent), sent, data, key, steps)
             stats = {name: moments if personal(name) else sent.stats[name] for name, moments in stats.items()}
-            return Net(variables["params"], stats, mix(sent, variables["alpha"], None))
+            return net_of(variables["params"], stats, mix(sent, logits.of(variables["alpha"], stats), None))
+
+        def everybodys(server: Server) -> Net:
+            return net_of(server.params, server.stats, mix(server, logits.of(server.alpha, server.stats), None))
 
         def measures(server: Server) -> dict:
+            alpha = logits.of(server.alpha, server.stats)
             ops, pairs = masks.alive(graph, server.mask)
-            every, undecided = masks.confidence(graph, server.alpha, server.mask)
-            entropy = masks.entropy(graph, server.alpha, server.mask)
+            every, undecided = masks.confidence(graph, alpha, server.mask)
+            entropy = masks.entropy(graph, alpha, server.mask)
             alive = {"ops_alive": ops, "pairs_alive": pairs}
             alphas = {"alpha_max": every, "alpha_max_undecided": undecided, "alpha_entropy": entropy}
             return alive | alphas | report(server)
@@ -158,8 +171,8 @@ def searching(
             macs=net.macs,
             depth=depth,
             least_rows=1 if batches == 1 else 2 if tasks == "halves" else batches * setting.batch,
-            global_model=lambda server: Net(server.params, server.stats, mix(server, server.alpha, None)),
-            discrete_model=lambda server: Net(server.params, server.stats, harden(server)),
+            global_model=everybodys,
+            discrete_model=lambda server: net_of(server.params, server.stats, harden(server)),
             report=measures,
             held=held if prunes else None,
             held_alike=prunes,

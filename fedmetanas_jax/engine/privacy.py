@@ -32,7 +32,8 @@ def gaussian(
     multiplier x norm / cohort of every number. Without a norm for the batch-norm statistics these are kept out: their
     change is 0. Metric "noised_parts" []: how many parts had noise, for the accountant.
     ValueError for a multiplier below 0 or a delta that is not between 0 and 1; UsageError, where it is applied, for
-    architecture parameters without a norm.
+    architecture parameters without a norm, and for statistics without one that are more than a batch norm's, since
+    nothing else could bring those up to date.
     """
     if not 0 <= multiplier < math.inf:
         raise ValueError(f"gaussian:{multiplier:g}: the noise multiplier must be 0 or more, and finite")
@@ -44,6 +45,11 @@ def gaussian(
             raise UsageError(
                 "config.aggregate: gaussian needs a norm for the architecture parameters that this method sends, as "
                 "the second number of clip:C:C_ALPHA"
+            )
+        if stats is None and (further := _no_moments(change.get("stats", {}))):
+            raise UsageError(
+                f"config.aggregate: gaussian keeps statistics out unless they have a norm, but this method decides by "
+                f"some of them ({', '.join(further)}); give it as the third number of clip:C:C_ALPHA:C_STATS"
             )
         size = len(weight)
         norms = {name: {"alpha": alpha, "stats": stats}.get(name, weights) for name in change}
@@ -57,6 +63,12 @@ def gaussian(
         return merged, weight, {"noised_parts": jnp.float32(parts)}
 
     return Aggregate(apply, noise=Noise(multiplier, delta, stats is not None))
+
+
+def _no_moments(stats: Tree) -> list[str]:
+    """The names, at the top, of statistics that are neither the mean nor the variance of a batch norm."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(stats)]
+    return sorted({path[0].key for path in paths if path[-1].key not in ("mean", "var")})
 
 
 def _add_noise(mean: Tree, deviation: float, key: Array) -> Tree:

@@ -135,8 +135,10 @@ def darts_space(
                 first, moments_0 = preprocess(block["preprocess_0"], given["preprocess_0"], s0, train)
                 second, moments_1 = preprocess(block["preprocess_1"], given["preprocess_1"], s1, train)
                 own = [{op: tree[op] for op in OPS if op in tree} for tree in (block, given)]
-                out, moments = compute(jnp.stack([first, second]), *own, mix[kind], plan[kind], reduce, train)
-                found[name] = {"preprocess_0": moments_0, "preprocess_1": moments_1, **moments}
+                inputs = jnp.stack([first, second])
+                row, further = mix(i, inputs) if callable(mix) else (mix[kind], {})
+                out, moments = compute(inputs, *own, row, plan[kind], reduce, train)
+                found |= {name: {"preprocess_0": moments_0, "preprocess_1": moments_1, **moments}, **further}
                 s0, s1 = s1, out.reshape(-1, *out.shape[2:])
             return head(s1, params), found
 
@@ -150,7 +152,13 @@ def darts_space(
         every_edge=every_edge, parts=parts, dtype=dtype, way=way, in_turn=in_turn,
     )  # fmt: skip
     skips = in_turn and (way or suited(jax.default_backend(), [range(len(OPS))])) == "scan"
-    return search_space(darts_graph(nodes, names, every_edge), types, make, stacks, resized, skips)
+    reads, (height, columns) = [], shape[:2]
+    for i in range(length):
+        halved = sum(r < i for r in reductions(length))  # before this cell, whose own reduction widens it already
+        channels = width << sum(r <= i for r in reductions(length))
+        reads.append((channels, height >> halved, columns >> halved))
+    graph = darts_graph(nodes, names, every_edge)
+    return search_space(graph, types, make, stacks, resized, tuple(reads), skips)
 
 
 def _check_halvings(shape, length: int) -> None:

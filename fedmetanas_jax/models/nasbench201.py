@@ -124,8 +124,9 @@ def nasbench201_space(
                 if block in params:
                     x, found[block] = halving(params[block], stats[block], x, train)
                 name = f"cell_{i}"  # without a convolution it has no weights
-                x, moments = cell(params.get(name, {}), stats.get(name, {}), x, mix[types[i]], plan[types[i]], train)
-                found |= {name: moments} if moments else {}
+                row, further = mix(i, x[None]) if callable(mix) else (mix[types[i]], {})
+                x, moments = cell(params.get(name, {}), stats.get(name, {}), x, row, plan[types[i]], train)
+                found |= ({name: moments} if moments else {}) | further
             x, found["last_norm"] = batchnorm.norm(x, None if train else stats["last_norm"])
             return head(jax.nn.relu(x), params), found
 
@@ -138,7 +139,9 @@ def nasbench201_space(
         nasbench201_space, shape=shape, classes=classes, mean=mean, std=std, width=width, length=length, parts=parts,
         every_edge=every_edge, dtype=dtype,
     )  # fmt: skip
-    return search_space(GRAPH._replace(cell_types=names), types, make, stacks, resized)
+    stage = [3 * i // length for i in range(length)]
+    reads = tuple((width << n, shape[0] >> n, shape[1] >> n) for n in stage)
+    return search_space(GRAPH._replace(cell_types=names), types, make, stacks, resized, reads)
 
 
 def _check(shape, length: int) -> None:

@@ -66,12 +66,13 @@ def supernet(weights: dict, norms: dict, forward: Callable, mean, std, dtype) ->
 
 
 def search_space(
-    graph: Graph, types: list[int], make: Callable, stacks: Callable, resized: Callable, skips: bool = False
-) -> SearchSpace:
+    graph: Graph, types: list[int], make: Callable, stacks: Callable, resized: Callable,
+    reads: tuple[tuple[int, int, int], ...] = (), skips: bool = False,
+) -> SearchSpace:  # fmt: skip
     """The space of make(plan of tuples, sampled) -> Supernet whose cells, named cell_0, ... are of these types.
 
     stacks(plan) says {cell: {operation: the edges that its weights and moments are stacked over}}; resized(**size) is
-    the maker of the space with its arguments; skips: the space's.
+    the maker of the space with its arguments; reads, skips: the space's.
     """
 
     def hashable(plan):
@@ -113,7 +114,8 @@ def search_space(
     def make_any(plan, sampled=False):
         return make(hashable(plan), sampled)
 
-    return _resizable(SearchSpace(graph, len(types), make_any, carry_over, derive, spread, resized, skips=skips), {})
+    space = SearchSpace(graph, len(types), make_any, carry_over, derive, spread, resized, reads=reads, skips=skips)
+    return _resizable(space, {})
 
 
 def _resizable(space: SearchSpace, size: dict) -> SearchSpace:
