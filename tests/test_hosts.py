@@ -172,7 +172,8 @@ def test_the_command_line_leaves_one_run(tmp_path):
     image[:, 0, 0, 0] = label
     np.savez(tmp_path / "mine.npz", train_images=image, train_labels=label, test_images=image, test_labels=label)
     fields = {
-        "dataset": "mine", "method": "fedavg", "network": "mobilenetv3_tiny", "clients": 2, "cohort": 2, "rounds": 1,
+        "dataset": "mine", "method": "fedavg", "network": TESTS / "one_cell.json", "width": 2, "cells": 1, "nodes": 1,
+        "clients": 2, "cohort": 2, "rounds": 1,
         "train_size": 8, "test_size": 8, "epochs": 1, "batch": 8, "augment": "", "final_adapt": "false", "devices": 0,
     }  # fmt: skip
     port = free_port()

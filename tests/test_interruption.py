@@ -46,8 +46,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def command(workdir: Path, *more: str, **changed) -> list[str]:
-    fields = [f"--config.{name}={value}" for name, value in (TINY | changed).items()]
+def command(workdir: Path, *more: str, of: dict = TINY, **changed) -> list[str]:
+    fields = [f"--config.{name}={value}" for name, value in (of | changed).items()]
     return [sys.executable, str(MAIN), f"--workdir={workdir}", *fields, *more]
 
 

@@ -1,6 +1,6 @@
 """A run that is asked to stop, that comes to no numbers, or that is asked for what cannot be, by the command line.
 
-Apart from test_interruption.py, whose runs these are, so that two processes share the time.
+Most runs are of the smallest training there is, by FedAvg and of one cell, which a process traces quickest.
 """
 
 import signal
@@ -10,9 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_interruption import command, run
+from served_run import ONE_CELL
+from test_interruption import TINY, command, run
 
-MINE = {"dataset": "mine", "train_size": 16, "rounds": 4000}
+MINE = {name: value for name, value in TINY.items() if not name.startswith("options.")} | {
+    "method": "fedavg", "network": ONE_CELL, "dataset": "mine", "train_size": 16, "rounds": 4000,
+}  # fmt: skip
 HEAR = """
 import os, signal, sys
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -22,7 +25,7 @@ os.execv(sys.argv[1], sys.argv[1:])
 
 
 def replace_images(folder: Path, shift: int = 0) -> str:
-    """The flag for runs on these images; the programs of all of them with MINE are the same."""
+    """The flag for runs of MINE on these images."""
     image, label = np.zeros((256, 8, 8, 1), np.uint8), np.arange(256) % 4
     image[:, 0, 0, 0] = label + shift
     split = {"train_images": image, "train_labels": label, "test_images": image, "test_labels": label}
@@ -35,7 +38,7 @@ def replace_images(folder: Path, shift: int = 0) -> str:
 )
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number, status):
     process = subprocess.Popen(
-        [sys.executable, "-c", HEAR, *command(tmp_path / "run", replace_images(tmp_path), **MINE)],
+        [sys.executable, "-c", HEAR, *command(tmp_path / "run", replace_images(tmp_path), of=MINE)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -48,7 +51,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number, status):
     assert process.returncode == status
     assert "to go on: " in out
     assert "stopping after this round" in err
-    assert (tmp_path / "run" / "search.png").exists()
+    assert (tmp_path / "run" / "curves.png").exists()
     assert list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
 
 
@@ -66,14 +69,14 @@ def test_a_signal_on_the_way_to_the_first_round_leaves_nothing(tmp_path):
 
 def test_numbers_that_are_none_stop_the_run_and_leave_the_folder_free(tmp_path):
     given = replace_images(tmp_path)
-    done = run(tmp_path / "run", given, **MINE, lr=1e30, clip=0)
+    done = run(tmp_path / "run", given, of=MINE, lr=1e30, clip=0)
     assert done.returncode == 1
     assert "round " in done.stderr
     assert "client " in done.stderr
     assert "not finite" in done.stderr
     assert "can be tried in the same workdir" in done.stderr
     assert done.stderr.count("\n") == 1
-    again = run(tmp_path / "run", given, "--stop_after=1", **MINE)
+    again = run(tmp_path / "run", given, "--stop_after=1", of=MINE)
     assert again.returncode == 0, again.stderr
     assert "lr was 1e+30, is " in again.stdout
 
@@ -81,13 +84,13 @@ def test_numbers_that_are_none_stop_the_run_and_leave_the_folder_free(tmp_path):
 def test_what_a_run_goes_on_with_must_be_what_it_began_with(tmp_path):
     """Its images, its config where config.json is gone, its records; and a folder that cannot be written is a line."""
     workdir, given = tmp_path / "run", replace_images(tmp_path)
-    assert run(workdir, given, "--stop_after=2", **MINE).returncode == 0
+    assert run(workdir, given, "--stop_after=2", of=MINE).returncode == 0
     replace_images(tmp_path, 1)
     refused = {"the images are not the same": MINE}
     (workdir / "config.json").rename(tmp_path / "config.json")
     for _ in range(2):
         for message, asked in refused.items():
-            done = run(workdir, given, **asked)
+            done = run(workdir, given, of=asked)
             assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
             assert message in done.stderr
             assert not (workdir / "config.json").exists()
@@ -96,12 +99,12 @@ def test_what_a_run_goes_on_with_must_be_what_it_began_with(tmp_path):
     log = workdir / "records.jsonl"
     log.rename(tmp_path / "records.jsonl")
     log.mkdir()
-    done = run(workdir, given, **MINE)
+    done = run(workdir, given, of=MINE)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
     assert f"Is a directory: {log}" in done.stderr
     log.rmdir()
     (tmp_path / "records.jsonl").rename(log)
-    done = run(workdir, given, "--stop_after=1", **MINE)
+    done = run(workdir, given, "--stop_after=1", of=MINE)
     assert done.returncode == 0, done.stderr
     assert "resuming after round 2" in done.stdout
     assert (workdir / "config.json").exists()
