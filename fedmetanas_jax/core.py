@@ -52,8 +52,8 @@ class Supernet(NamedTuple):
 
     init: Callable  # key -> (params, stats)
     apply: Callable  # (params, stats, image, mix [cell types, edges, ops] float32, train) -> (logits, stats)
-    #   or, for a mix that depends on the images, (cell i, what it reads [inputs, C, H, W, N]) -> (its row [edges, ops],
-    #   further moments by name, which are returned beside the network's)
+    #   A mix that depends on the images is a function: (cell i, what it reads [inputs, C, H, W, N]) -> (its row [edges,
+    #   ops], further moments by name, which come back beside the network's where train=True)
     momentum: float
     macs: int
 

@@ -56,8 +56,8 @@ def fedpnas(
         personal cell within 20 rounds (D-34).
       sampler: free = every cell's logits are learnt; context = a small network of every cell scores its operations by
         what the cell reads, as in the authors' upload (`logits.by_context`). It takes the logits' place in all of the
-        above: `travel` and the rates are those of its weights. Of eight operations it can draw none more often than
-        with 0.28, so it cannot concentrate (D-51).
+        above: `travel` and the rates are those of its weights. Of eight operations it draws none with more than 0.28,
+        of seven 0.31, so it cannot concentrate (D-51).
     """
     check(sampler=(sampler, sampler == "free" or space.cells > 1, "free for a network of one cell"))
     check(alpha_lr=(alpha_lr, alpha_lr is None or alpha_lr >= 0, "none, 0 or more"))
