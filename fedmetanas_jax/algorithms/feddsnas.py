@@ -14,7 +14,7 @@ from fedmetanas_jax.algorithms.searching import Server, searching
 from fedmetanas_jax.core import Array, Mask, Phase, SearchSpace, Setting
 from fedmetanas_jax.nas import mask as masks
 from fedmetanas_jax.nas import relax, sample, schedule
-from fedmetanas_jax.optimizers import Sampled, adam, local_sgd, sgd, weights_and_alphas
+from fedmetanas_jax.optimizers import adam, local_sgd, sgd, weights_and_alphas
 
 
 def feddsnas(
@@ -66,17 +66,12 @@ def feddsnas(
         best = relax.best(graph, sent.alpha, sent.mask)
         return sent.mask._replace(op=jnp.where(ahead[..., None], best.op, sent.mask.op))
 
-    def client_search(sent: Server, loss, steps: Array):
-        rate = schedule.travel_rate(travel, rounds, steps) if alpha_lr is None else alpha_lr
-        backward = local.plain(loss)
-
-        def of(variables, stats, batches, key):  # 2 one pass through Z: the gradient of w, and r (Z - p) for alpha
-            gradient, moments, metrics = backward.of(variables, stats, batches, key)
-            return Sampled(gradient, mix(sent, variables["alpha"], key) != 0), moments, metrics
-
+    def client_search(sent: Server, backward: local.Gradient, steps: Array):
+        # 2 one pass through Z: the gradient of w, and r (Z - p) for alpha.
         # 3 w <- SGD(w), of what was drawn alone (D-17).  4 alpha <- Adam(alpha).
+        rate = schedule.travel_rate(travel, rounds, steps) if alpha_lr is None else alpha_lr
         alphas = optax.chain(optax.clip_by_global_norm(alpha_clip), adam(rate, 0.0))
-        return backward._replace(of=of), weights_and_alphas(local_sgd(setting, sent.round), alphas)
+        return backward, weights_and_alphas(local_sgd(setting, sent.round), alphas)
 
     border = round(rounds)
     return searching(

@@ -17,7 +17,7 @@ from fedmetanas_jax.algorithms.searching import Server, searching
 from fedmetanas_jax.core import Array, Phase, SearchSpace, Setting
 from fedmetanas_jax.nas import mask as masks
 from fedmetanas_jax.nas import relax, sample, schedule
-from fedmetanas_jax.nas.logits import by_context, free
+from fedmetanas_jax.nas.logits import by_context
 from fedmetanas_jax.optimizers import Sampled, adam, local_sgd, sgd, weights_and_alphas
 
 
@@ -35,6 +35,7 @@ def fedpnas(
     warmup: float = 0.09,
     none: bool = False,
     sampler: Literal["free", "context"] = "free",
+    samples: int = 1,
 ) -> list[Phase]:
     """Search of a shared base and personal cells, the personal part by a first-order meta step.
 
@@ -58,14 +59,15 @@ def fedpnas(
         what the cell reads, as in the authors' upload (`logits.by_context`). It takes the logits' place in all of the
         above: `travel` and the rates are those of its weights. Of eight operations it draws none with more than 0.28,
         of seven 0.31, so it cannot concentrate (D-51).
+      samples: draws that a batch goes through in a pass; their class probabilities are averaged. The upload has 5.
     """
+    check(samples=(samples, samples >= 1, "at least 1"))
     check(sampler=(sampler, sampler == "free" or space.cells > 1, "free for a network of one cell"))
     check(alpha_lr=(alpha_lr, alpha_lr is None or alpha_lr >= 0, "none, 0 or more"))
     check(travel=(travel, travel >= 0, "0 or more"), temperature=(temperature, temperature > 0, "positive"))
     check(warmup=(warmup, 0 <= warmup < 1, "from 0 to below 1"))
     base, space = base_of(space, base_cells), space.resized(every_edge=True, parts=tuple(range(1, space.cells)))
     graph, part = space.graph, personal_part(space, base)
-    logits = by_context(graph, space.reads) if sampler == "context" else free(graph)
     rates = {"params": task_lr, "alpha": task_alpha_lr}
 
     def mix(sent: Server, alpha, key):
@@ -73,24 +75,20 @@ def fedpnas(
             return relax.harden(graph, alpha, sent.mask)
         return sample.hard_gumbel(graph, alpha, sent.mask, temperature, key)
 
-    def client_search(sent: Server, loss, count: Array):
-        backward = local.plain(loss)
-
+    def client_search(sent: Server, backward: local.Gradient, count: Array):
         def of(variables, stats, batches, key):
             keys = jax.random.split(key)
             # 1 g1 at (w, alpha).  2 the personal part takes a trial step.
-            g1, warm_moments, first = backward.of(variables, stats, batches, keys[0])
-            drawn = [mix(sent, logits.of(variables["alpha"], warm_moments), keys[0]) != 0]
+            (g1, times), warm_moments, first = backward.of(variables, stats, batches, keys[0])
             steps = {name: tree.scale(g1[name], rate) for name, rate in rates.items()}
             trial = {name: part.of(tree.sub, variables[name], step) for name, step in steps.items()}
             # 3 g2 there, on the same batch with fresh noise.
-            g2, moments, metrics = backward.of(trial, stats, batches, keys[1])
-            drawn.append(mix(sent, logits.of(trial["alpha"], moments), keys[1]) != 0)
+            (g2, more_times), moments, metrics = backward.of(trial, stats, batches, keys[1])
             # 4 the base descends along g2, the personal part along g2 - eta g1 <g1, g2>: MAML's (I - eta H) g2 with the
             # outer product g1 g1' for the Hessian H, of weights and logits apart (Eq. 9 there).
             meta = {name: part.of(_corrected(rate), g2[name], g1[name]) for name, rate in rates.items()}
             warm = sent.round < warmup * setting.rounds  # when the second pass counts as another of the first
-            times = drawn[0].astype(jnp.int32) + jnp.where(warm, drawn[0], drawn[1])
+            times += jnp.where(warm, times, more_times)
             gradient, moments = tree.where(warm, (g1, warm_moments), (meta, moments))
             return Sampled(gradient, times), moments, metrics | {"support_loss": first["loss"]}
 
@@ -98,7 +96,7 @@ def fedpnas(
         if rate is None:
             rate = schedule.travel_rate(travel, (1 - warmup) * setting.rounds, count)
         outer = weights_and_alphas(local_sgd(setting, sent.round), adam(rate, alpha_weight_decay))
-        return local.Gradient(of, (2,), (*backward.metrics, "support_loss")), outer
+        return local.Gradient(of, (2 * samples,), (*backward.metrics, "support_loss")), outer
 
     return searching(
         space,
@@ -110,7 +108,8 @@ def fedpnas(
         depth="epochs",
         begin=lambda key: masks.full_plan(graph, none),
         sampled=True,
-        logits=logits,
+        samples=samples,
+        logits=by_context(graph, space.reads) if sampler == "context" else None,
     )
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from fedmetanas_jax import local, tree
+from fedmetanas_jax.algorithms import passes
 from fedmetanas_jax.core import Algorithm, Alpha, Array, Depth, Mask, Net, Phase, Reply, SearchSpace, Setting, Tree
 from fedmetanas_jax.nas import mask as masks
 from fedmetanas_jax.nas import relax, sample
@@ -46,6 +47,7 @@ def searching(
     report: Callable = lambda server: {},
     begin: Callable | None = None,
     sampled: bool = False,
+    samples: int = 1,
     personal: Callable = lambda name: True,
     discrete: Callable | None = None,
     adapt_mix: Callable | None = None,
@@ -58,7 +60,8 @@ def searching(
         noise, as in evaluation.
       search: (sent, loss, steps) -> (local.Gradient, optimizer), what a client does in its round of so many steps, or
         as many of both as take turns in a step. They act on {"params": w, "alpha": alpha}; loss is (variables, stats,
-        batch, key) -> (value, (moments, accuracy)). Of a sampled search the optimizer gets `Sampled` gradients.
+        batch, key) -> (value, (moments, accuracy)). A sampled search is given the loss's gradient in its place,
+        `passes.sampled`, and its own gradients are `Sampled`, too.
       adapt: (sent,) -> optimizer of the plain gradient by which a client personalises both, `depth` of the way.
       prune: (server, round, last) -> Mask, what is alive after an event; `last` says whether it is the last one.
       events: the rounds before which it is called.
@@ -68,6 +71,7 @@ def searching(
       begin: key -> the plan of the first round, for a method that does not start from the whole space.
       sampled: whether `mix` makes most operations 0 where it draws. What is not drawn is then neither computed, where
         the program can leave it out, nor learnt.
+      samples: mixes that a batch goes through; the loss is that of their mean class probabilities.
       personal: (a name at the top level of params and stats) -> whether adapting moves that part's statistics.
       adapt_mix: as `mix`, for a client that personalises; None: `mix` itself.
       discrete: server -> [cell types, edges, ops] of 0 and 1, what pruning would leave; None: the best pair of every
@@ -83,8 +87,8 @@ def searching(
     def make(plan) -> Algorithm:
         net = space.make(plan, skips)
 
-        def drawn(operations, like):
-            return space.spread(operations, plan, like, True)
+        def spread(value: Array, like: Tree, rest) -> Tree:
+            return space.spread(value, plan, like, rest)
 
         def init(key):
             net_key, alpha_key = jax.random.split(key)
@@ -96,22 +100,14 @@ def searching(
             return Net(params, tree.split(stats, logits.further)[1], mix)
 
         def loss_of(sent: Server, mix: Callable = mix) -> Callable:
-            def loss(variables, stats, batch, key):
-                entered, weights_of = logits.enter(variables["alpha"], lambda alpha: mix(sent, alpha, key))
-                answers, moments = net.apply(variables["params"], stats, batch.image, entered, True)
-                if skips:  # what was not computed has no moments
-                    moments = jax.tree.map(jnp.where, drawn(weights_of(moments) != 0, moments), moments, stats)
-                value = local.cross_entropy(answers, batch.label, batch.weight)
-                return value, (moments, local.accuracy(answers, batch.label, batch.weight))
-
-            return loss
+            return passes.losses(net, logits, partial(mix, sent), spread if skips else None, samples)
 
         def held(sent: Server) -> dict:
             return sample.held(space, plan, masks.live(graph, sent.mask).op, sent)
 
         def moved(sent: Server, times: Array) -> dict:
             every_logit = jax.tree.map(lambda _: jnp.array(True), sent.alpha)
-            return {"params": drawn(times > 0, sent.params), "alpha": every_logit}
+            return {"params": spread(times > 0, sent.params, True), "alpha": every_logit}
 
         def train(gradient, optimizer, sent: Server, data, key, steps=None):
             variables = {"params": sent.params, "alpha": sent.alpha}
@@ -120,7 +116,9 @@ def searching(
 
         def client_update(sent: Server, own, data, key) -> Reply:
             steps = local.steps_a_round(data.weight, batches, setting, tasks)
-            gradient, optimizer = search(sent, loss_of(sent), steps)
+            loss = loss_of(sent)
+            given = passes.sampled(loss, samples) if sampled else passes.plain(loss)
+            gradient, optimizer = search(sent, given, steps)
             if sampled:
                 rest, each = sample.macs(space, plan)
                 gradient = _counting_macs(gradient, rest + logits.macs, each)
@@ -144,8 +142,8 @@ def searching(
             return server._replace(round=server.round + 1, **moved)
 
         def personalize(sent: Server, own, data, key, steps) -> Net:
-            loss = loss_of(sent, adapt_mix or mix)
-            variables, stats, _ = train(local.plain(loss), adapt(sent), sent, data, key, steps)
+            gradient = local.plain(passes.plain(loss_of(sent, adapt_mix or mix)))
+            variables, stats, _ = train(gradient, adapt(sent), sent, data, key, steps)
             stats = {name: moments if personal(name) else sent.stats[name] for name, moments in stats.items()}
             return net_of(variables["params"], stats, mix(sent, logits.of(variables["alpha"], stats), None))
 
