@@ -144,6 +144,11 @@ class Config:
 MAY_CHANGE = frozenset(field.name for field in dataclasses.fields(Config) if field.metadata.get("how"))
 
 
+# Options that are newer than recorded runs of their method, with what was done before there was a choice. A config with
+# these values is noted without them, so that such a run is still found and gone on with.
+LATER = {"fedpnas": {"sampler": "free", "samples": 1}}
+
+
 def may_change(config: Config) -> frozenset[str]:
     """The fields that say how this run is run, and not what it is.
 
@@ -212,9 +217,9 @@ def _why(name: str) -> str:
 
 
 def to_dict(config: Config) -> dict:
-    """The config as JSON can hold it; tuples become lists."""
-    plain = dataclasses.asdict(config)
-    plain["options"] = {name: _listed(value) for name, value in config.options.items()}
+    """The config as JSON can hold it; tuples become lists, and options of LATER are left out at their old values."""
+    plain, later = dataclasses.asdict(config), LATER.get(config.method, {}).items()
+    plain["options"] = {name: _listed(value) for name, value in config.options.items() if (name, value) not in later}
     return {name: _listed(value) for name, value in plain.items()}
 
 
@@ -234,7 +239,7 @@ def from_dict(plain: dict) -> Config:
             raise UsageError(nearest("config field", name, names))
     if missing := [name for name in names if name not in plain]:
         raise UsageError(f"the config lacks {', '.join(missing)}")
-    options = {name: _tupled(value) for name, value in plain["options"].items()}
+    options = LATER.get(str(plain["method"]), {}) | {name: _tupled(value) for name, value in plain["options"].items()}
     return Config(**{name: _tupled(value) for name, value in plain.items()} | {"options": options})
 
 

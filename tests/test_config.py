@@ -9,8 +9,18 @@ from typing import Literal
 
 import pytest
 
-from fedmetanas_jax.config import MAY_CHANGE, Config, from_dict, may_change, to_dict, validate
-from fedmetanas_jax.options import UsageError, fits, nearest, option_types, parse_options, parse_path, parse_value
+from fedmetanas_jax.algorithms import ALGORITHMS
+from fedmetanas_jax.config import LATER, MAY_CHANGE, Config, from_dict, may_change, to_dict, validate
+from fedmetanas_jax.options import (
+    UsageError,
+    default_options,
+    fits,
+    nearest,
+    option_types,
+    parse_options,
+    parse_path,
+    parse_value,
+)
 from fedmetanas_jax.tasks import TASKS
 
 
@@ -65,6 +75,16 @@ def test_a_config_survives_json(name):
     plain = json.loads(json.dumps(to_dict(config)))
     assert plain == to_dict(config)
     assert from_dict(plain) == config
+
+
+def test_what_was_no_choice_once_is_noted_only_where_it_is_another():
+    for method, options in LATER.items():
+        assert options == {name: default_options(ALGORITHMS[method])[name] for name in options}
+    old = {"travel": 60.0, "sampler": "free", "samples": 1}
+    for given, noted in ((old, {"travel": 60.0}), (old | {"samples": 5}, {"travel": 60.0, "samples": 5})):
+        config = Config(method="fedpnas", options=given)
+        assert to_dict(config)["options"] == noted
+        assert from_dict(to_dict(config)) == config
 
 
 def test_a_record_of_another_version_is_named():

@@ -1,11 +1,13 @@
 """A study: which runs a table needs, how they are worked through, what the table says."""
 
 import csv
+import dataclasses
 import io
 import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import tables
@@ -17,9 +19,22 @@ from study.scales import SCALES
 from study.tables import Request, document, keep, requests
 from study.written import markdown, text_csv
 
+from fedmetanas_jax.algorithms import ALGORITHMS
+from fedmetanas_jax.config import from_dict
 from fedmetanas_jax.engine.interrupt import interruptible
 from fedmetanas_jax.engine.records import WorkdirError
-from fedmetanas_jax.options import UsageError
+from fedmetanas_jax.options import UsageError, default_options
+
+RECORDED = sorted((Path(__file__).parents[1] / "results/cifar10_methods/runs").iterdir())
+
+
+@pytest.mark.parametrize("folder", RECORDED, ids=lambda folder: folder.name)
+def test_recorded_runs_are_found_by_todays_names(folder):
+    """A new option of a method would give them others, and the study would begin anew: config.LATER has those."""
+    config = from_dict(json.loads((folder / "config.json").read_text())["config"])
+    options = default_options(ALGORITHMS[config.method]) | config.options
+    name = plan.name_of("row", "column", dataclasses.replace(config, options=options))
+    assert name.rpartition("-")[2] == folder.name.rpartition("-")[2]
 
 
 @pytest.fixture
