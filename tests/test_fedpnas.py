@@ -164,6 +164,7 @@ def test_metafedpnas_moves_everything_by_its_meta_step_but_nothing_of_the_base_b
         ({"warmup": 1.0}, "warmup is 1.0; it must be from 0 to below 1"),
         ({"temperature": 0.0}, "temperature is 0.0; it must be positive"),
         ({"base_cells": 7}, "base_cells is 7; it must be none, or 0 to the 2 cells"),
+        ({"samples": 0}, "samples is 0; it must be at least 1"),
     ],
 )
 def test_options_that_cannot_be_are_named(options, words):
