@@ -133,9 +133,10 @@ def test_graphs_that_have_no_place_for_samplers_are_refused(space):
 
 
 @cache
-def searched():
+def searched(batch: int = 4):
     """(FedPNAS by samplers, its server past the warm-up, a client's reply)."""
-    phase = fedpnas(toy_space(classes=3), SHORT, sampler="context", base_cells=1, travel=60.0)[0]
+    setting, how = SHORT._replace(batch=batch), {"sampler": "context", "base_cells": 1, "travel": 60.0}
+    phase = fedpnas(toy_space(classes=3), setting, task_lr=0.001, **how)[0]
     algorithm = phase.make(phase.enter(None, None, None)[0])
     server, own = algorithm.init(jax.random.key(1))
     server = server._replace(round=jnp.int32(30))
@@ -157,6 +158,15 @@ def test_samplers_learn_and_their_scores_are_statistics():
     drawn = (macs - (64 * 6 + 6 * 3) - 2 * 2 * 6) / 36
     assert 0 < drawn < 10
     assert abs(8 * drawn - round(8 * drawn)) < 1e-2
+
+
+def test_how_far_rows_are_padded_says_nothing():
+    algorithm, server, reply = searched(16)  # one step, since Adam makes much of what programs of two shapes round
+    longer = jax.tree.map(lambda x: jnp.concatenate([x, jnp.zeros_like(x)]), DATA)
+    padded = jit(lambda *x: ask(algorithm, *x))(server, (), longer, jax.random.key(0))
+    for part in ("params", "stats"):
+        np.testing.assert_allclose(flat(reply.change[part]), flat(padded.change[part]), atol=1e-5)
+    assert reply.metrics["macs"] == padded.metrics["macs"]
 
 
 def test_the_network_is_the_likeliest_by_mean_score_and_carries_no_scores():

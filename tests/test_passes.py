@@ -78,6 +78,9 @@ def test_several_passes_average_probabilities_and_the_moments_that_were_found(ne
                 np.testing.assert_array_equal(got, before)
                 never += 1
     assert 0 < never < 10
+    # Where everything is computed whatever was drawn, moments are the mean of all.
+    _, (whole, _, _) = jit(passes.losses(net, FREE, weigh, None, SAMPLES))(variables, stats, BATCH, KEY)
+    np.testing.assert_allclose(flat(whole), np.mean([flat(x) for x in found], 0), rtol=1e-4, atol=1e-5)
 
 
 def test_the_gradient_is_that_of_the_loss_and_brings_the_times(network):
