@@ -14,8 +14,7 @@ COMMON = {
 PRUNING = {
     "options.prune_from": 0.3, "options.prune_until": 0.5, "options.prune_events": 2, "options.prune_tolerance": "none",
 }  # fmt: skip
-# What is trained by methods that search nothing, unless a test says otherwise: every process of a run traces it anew,
-# a MobileNetV3 for 5 s.
+# What SCAFFOLD trains here: every process of a run traces its network anew, which a MobileNetV3 makes long.
 ONE_CELL = Path(__file__).parent / "one_cell.json"
 METHODS = ["scaffold", "fedmetanas", *filter(None, os.environ.get("FEDMETANAS_TEST_METHODS", "").split(","))]
 PATIENCE = "--deadline=600"  # who is missed would change the bits, however slow the machine is

@@ -173,8 +173,8 @@ def test_the_command_line_leaves_one_run(tmp_path):
     np.savez(tmp_path / "mine.npz", train_images=image, train_labels=label, test_images=image, test_labels=label)
     fields = {
         "dataset": "mine", "method": "fedavg", "network": TESTS / "one_cell.json", "width": 2, "cells": 1, "nodes": 1,
-        "clients": 2, "cohort": 2, "rounds": 1,
-        "train_size": 8, "test_size": 8, "epochs": 1, "batch": 8, "augment": "", "final_adapt": "false", "devices": 0,
+        "clients": 2, "cohort": 2, "rounds": 1, "train_size": 8, "test_size": 8, "epochs": 1, "batch": 8, "augment": "",
+        "final_adapt": "false", "devices": 0,
     }  # fmt: skip
     port = free_port()
     common = [MAIN, f"--data_dir={tmp_path}", f"--coordinator=127.0.0.1:{port}", "--processes=2", "--heartbeat=600"]

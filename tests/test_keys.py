@@ -20,8 +20,6 @@ def noise(key, image):
 
 SETTING = Setting(rounds=10, epochs=2, batch=4, augment=noise, share=0.5, clients=6)
 DATA = federation()
-# They find out what a pass drew by drawing it once more.
-DRAWN_AGAIN = ("feddsnas", "fedpnas")
 
 NUMBERS = {  # what a loop counts with
     "add": np.add, "lt": np.less, "select_n": lambda which, *of: np.where(which, of[1], of[0]),
@@ -147,7 +145,7 @@ def test_no_client_draws_from_a_key_twice(name):
     message = jax.eval_shape(lambda server, key: algorithm.send(server, jnp.int32(0), key), server, jax.random.key(0))
     keys = followed(algorithm.client_update, message, own, train_examples(DATA, jnp.int32(0), algorithm.reads_test))
     assert len(keys.drawn) > SETTING.epochs  # which take one each, for the order of the rows
-    assert set(keys.drawn.values()) <= ({1, 2} if name in DRAWN_AGAIN else {1})
+    assert set(keys.drawn.values()) == {1}
     assert not keys.split & keys.drawn.keys()
 
 

@@ -17,6 +17,7 @@ from fedmetanas_jax.models.plan import (
     OPS,
     TYPES,
     CellPlan,
+    cell_sizes,
     darts_graph,
     norm_names,
     num_nodes,
@@ -46,15 +47,13 @@ def suited(backend: str, plan: CellPlan) -> Way:
 
 def declared(shape, classes: int, width: int, types: list[int], plan: Plan) -> tuple[dict, dict]:
     """Weights and norms by path of the network whose cells are of these types, numbers of the plan."""
-    length = len(types)
-    area, stem = shape[0] * shape[1], STEM_MULTIPLIER * width
-    weights = {("stem",): kernel((stem, shape[2], 3, 3), area)}
+    sizes, stem = cell_sizes(shape, width, len(types)), STEM_MULTIPLIER * width
+    weights = {("stem",): kernel((stem, shape[2], 3, 3), shape[0] * shape[1])}
     weights |= {("stem_scale",): Weight((stem,), start=1.0), ("stem_shift",): Weight((stem,), start=0.0)}
     norms: dict[tuple[str, ...], tuple[int, ...]] = {("stem_norm",): (stem,)}
     before_last, last, after_reduction = stem, stem, False
-    for i in range(length):
-        cell, reduce = f"cell_{i}", i in reductions(length)
-        width *= 2 if reduce else 1
+    for i, (width, height, columns) in enumerate(sizes):
+        cell, reduce, area = f"cell_{i}", i in reductions(len(types)), height * columns
         # The older input still has the size from before the last reduction; its 1x1 runs at half of it.
         halving = {name: (width // 2, before_last) for name in ("even", "odd")}
         first = halving if after_reduction else {"pointwise": (width, before_last)}
@@ -152,13 +151,8 @@ def darts_space(
         every_edge=every_edge, parts=parts, dtype=dtype, way=way, in_turn=in_turn,
     )  # fmt: skip
     skips = in_turn and (way or suited(jax.default_backend(), [range(len(OPS))])) == "scan"
-    reads, (height, columns) = [], shape[:2]
-    for i in range(length):
-        halved = sum(r < i for r in reductions(length))  # before this cell, whose own reduction widens it already
-        channels = width << sum(r <= i for r in reductions(length))
-        reads.append((channels, height >> halved, columns >> halved))
-    graph = darts_graph(nodes, names, every_edge)
-    return search_space(graph, types, make, stacks, resized, tuple(reads), skips)
+    graph, reads = darts_graph(nodes, names, every_edge), cell_sizes(shape, width, length)
+    return search_space(graph, types, make, stacks, resized, reads, skips)
 
 
 def _check_halvings(shape, length: int) -> None:

@@ -70,14 +70,21 @@ def halving(params: Tree, stats: Tree, x: Array, train: bool) -> tuple[Array, Tr
     return layers.pointwise(jnp.mean(quarters, (2, 4)), params["shortcut"]) + y, found
 
 
+def cell_sizes(shape: tuple[int, int, int], width: int, length: int) -> tuple[tuple[int, int, int], ...]:
+    """(C, H, W) of what each cell reads: twice as wide and half as large from stage to stage."""
+    stages = (3 * i // length for i in range(length))
+    return tuple((width << n, shape[0] >> n, shape[1] >> n) for n in stages)
+
+
 def declared(shape, classes: int, width: int, types: list[int], plan: Plan) -> tuple[dict, dict]:
     """Weights and norms by path of the network whose cells are of these types, numbers of the plan."""
-    area, length = shape[0] * shape[1], len(types)
-    weights = {("stem",): kernel((width, shape[2], 3, 3), area)}
+    length, sizes = len(types), cell_sizes(shape, width, len(types))
+    weights = {("stem",): kernel((width, shape[2], 3, 3), shape[0] * shape[1])}
     norms: dict[tuple[str, ...], tuple[int, ...]] = {("stem_norm",): (width,)}
-    for i in range(length):
+    for i, (width, height, columns) in enumerate(sizes):
+        area = height * columns
         if i and i % (length // 3) == 0:
-            block, width, area = f"halving_{i}", 2 * width, area // 4
+            block = f"halving_{i}"
             weights[block, "first"] = kernel((width, width // 2, 3, 3), area)
             weights[block, "second"] = kernel((width, width, 3, 3), area)
             weights[block, "shortcut"] = kernel((width, width // 2), area)
@@ -139,9 +146,8 @@ def nasbench201_space(
         nasbench201_space, shape=shape, classes=classes, mean=mean, std=std, width=width, length=length, parts=parts,
         every_edge=every_edge, dtype=dtype,
     )  # fmt: skip
-    stage = [3 * i // length for i in range(length)]
-    reads = tuple((width << n, shape[0] >> n, shape[1] >> n) for n in stage)
-    return search_space(GRAPH._replace(cell_types=names), types, make, stacks, resized, reads)
+    graph, reads = GRAPH._replace(cell_types=names), cell_sizes(shape, width, length)
+    return search_space(graph, types, make, stacks, resized, reads)
 
 
 def _check(shape, length: int) -> None:

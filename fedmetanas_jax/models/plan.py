@@ -41,6 +41,18 @@ def reductions(length: int) -> tuple[int, ...]:
     return tuple(sorted({length // 3, 2 * length // 3}))
 
 
+def cell_sizes(shape: tuple[int, int, int], width: int, length: int) -> tuple[tuple[int, int, int], ...]:
+    """(C, H, W) of what each cell reads, once it is preprocessed. A reduction is twice as wide as the cells before it,
+    and what it hands on half as large."""
+    sizes, (height, columns) = [], shape[:2]
+    for i in range(length):
+        factor = 2 if i in reductions(length) else 1
+        width *= factor
+        sizes.append((width, height, columns))
+        height, columns = height // factor, columns // factor
+    return tuple(sizes)
+
+
 def edge_ends(nodes: int) -> list[tuple[int, int]]:
     """(input i, node j) of every edge, in order: node by node."""
     return [(i, j) for j in range(nodes) for i in range(j + 2)]

@@ -51,12 +51,12 @@ def by_context(graph: Graph, reads: tuple[tuple[int, int, int], ...]) -> Logits:
             f"are {len(graph.pairs)} pairs, {len(graph.cell_types)} types and sizes for {len(reads)} cells"
         )
     names = tuple(f"scores_{i}" for i in range(len(reads)))
-    nothing = jnp.zeros((len(graph.edges), len(graph.ops)), jnp.float32)
+    nothing = np.zeros((len(graph.edges), len(graph.ops)), np.float32)
 
     def init(key):
         keys = jax.random.split(key, len(reads))
         samplers = {f"cell_{i}": _sampler(keys[i], channels) for i, (channels, _, _) in enumerate(reads)}
-        return samplers, dict.fromkeys(names, nothing)
+        return samplers, dict.fromkeys(names, jnp.asarray(nothing))
 
     def of(_, stats):
         return _alpha([stats[name] for name in names])
