@@ -44,7 +44,8 @@ def adapt(
         visited = {"loss": value, "accuracy": accuracy}
         return (optax.apply_updates(variables, updates), state, grads, moments), visited
 
-    start = variables, optimizer.init(variables), tree.zeros_like(variables), tree.zeros_like(stats)
+    # The last two are of their shapes alone: the first step writes over them. Zeros would be one more program each.
+    start = variables, optimizer.init(variables), variables, stats
     steps = jnp.arange(len(batches.label))
     (variables, _, grads, moments), visited = jax.lax.scan(step, start, (steps, batches))
     return variables, grads, moments, visited

@@ -181,8 +181,11 @@ def traffic_of(held: dict, message: Tree, reply: Reply) -> dict[str, Array]:
     """`traffic` of a client that is given, and answers, what it holds alone."""
 
     def absent(part: str, whole: Tree) -> Array:
-        rows = jax.tree.map(lambda here, x: jnp.sum(~jnp.broadcast_to(here, x.shape)), held[part], whole)
-        return sum(n * x.dtype.itemsize for n, x in zip(jax.tree.leaves(rows), jax.tree.leaves(whole), strict=True))
+        # One of `here`, which broadcasts to x, stands for several numbers of x.
+        def of_one(here: Array, x: Array) -> Array:
+            return jnp.sum(~here) * (x.size // here.size * x.dtype.itemsize)
+
+        return sum(jax.tree.leaves(jax.tree.map(of_one, held[part], whole)))
 
     down = tree.nbytes(message) - sum(absent(part, getattr(message, part)) for part in held)
     up = tree.nbytes((reply.change, reply.report)) - sum(absent(part, reply.change[part]) for part in held)
