@@ -41,7 +41,9 @@ class Model(NamedTuple):
     init: Callable  # key -> (params, stats)
     apply: Callable  # (params, stats, image [b, h, w, c], train, key=None) -> (logits [b, classes], stats)
     #   train=False: `stats` are used and returned. train=True: the batch's own moments are used and
-    #   returned, so that whoever trains decides how to average them; `key` draws the dropout.
+    #   returned, so that whoever trains decides how to average them; `key` draws the dropout. train a [] bool array:
+    #   it decides by which of the two the network goes, without dropout; where it is False, what is returned as
+    #   statistics means nothing.
     momentum: float  # of the running statistics: running <- (1 - momentum) running + momentum batch
     macs: int  # multiply-adds of one image's forward pass
     head: tuple[str, ...]  # keys of `params` that make up the last linear layer (D-25)

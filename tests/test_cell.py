@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fedmetanas_jax.models import batchnorm
 from fedmetanas_jax.models.darts import darts_space, suited
 from fedmetanas_jax.models.plan import NONE, OPS, edge_ends, norm_names, op_shapes, stacked
 from fedmetanas_jax.models.scan import scanned_cell
@@ -136,16 +137,19 @@ def test_all_ways_give_the_same_numbers(plan, reduce):
             np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.usefixtures("double")
-@pytest.mark.parametrize("reduce", [False, True])
-def test_all_ways_evaluate_alike(reduce):
-    inputs, weights, mix = example(SOME, reduce)
+def example_stats(reduce):
     rng, stats = np.random.default_rng(1), {}
     for op, edges in stacked(SOME, reduce).items():
         shape = (len(edges), WIDTH)
         names = norm_names(op, stride(op)) if edges else ()
         stats[op] = {name: {"mean": rng.normal(size=shape), "var": rng.uniform(1, 2, shape)} for name in names}
-    stats = {op: named for op, named in stats.items() if named}
+    return {op: named for op, named in stats.items() if named}
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("reduce", [False, True])
+def test_all_ways_evaluate_alike(reduce):
+    (inputs, weights, mix), stats = example(SOME, reduce), example_stats(reduce)
 
     def nodes(cell):
         run = jax.jit(lambda *given: cell(*given, SOME, reduce, False)[0])
@@ -153,6 +157,28 @@ def test_all_ways_evaluate_alike(reduce):
 
     for cell in (unrolled_cell, one_by_one, skipping):
         np.testing.assert_allclose(nodes(cell), nodes(scanned_cell), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("reduce", [False, True])
+def test_a_value_says_by_whose_moments_a_cell_goes(reduce):
+    (inputs, weights, mix), stats = example(SOME, reduce), example_stats(reduce)
+
+    def run(cell, stats, train):
+        return jax.jit(lambda *given: cell(*given, SOME, reduce, train))(inputs, weights, stats, mix)
+
+    evaluated, (trained, moments) = run(scanned_cell, stats, False)[0], run(scanned_cell, stats, True)
+    assert not np.allclose(trained, evaluated)
+    for cell in (scanned_cell, skipping, unrolled_cell, one_by_one):
+
+        @jax.jit
+        def either(own, cell=cell):
+            return cell(inputs, weights, batchnorm.either(stats, own), mix, SOME, reduce, False)
+
+        np.testing.assert_allclose(either(False)[0], evaluated, rtol=1e-9, atol=1e-11)
+        nodes, found = either(True)
+        np.testing.assert_allclose(nodes, trained, rtol=1e-9, atol=1e-11)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-11), found, moments)
 
 
 @pytest.mark.usefixtures("double")

@@ -45,7 +45,7 @@ def toy_space(
         def apply(params, stats, image, mix, train):
             x = image.reshape(len(image), PIXELS).astype(jnp.float32) / 255
             found = {"stem_norm": {"mean": jnp.mean(x, axis=0)}}
-            x = (x - (found if train else stats)["stem_norm"]["mean"]) @ params["stem"]
+            x = (x - jnp.where(train, found["stem_norm"]["mean"], stats["stem_norm"]["mean"])) @ params["stem"]
             for i, kind in enumerate(types):
                 cell, states, means = f"cell_{i}", [x, x], []
                 row, further = mix(i, jnp.stack([x, x]).mT[:, :, None, None]) if callable(mix) else (mix[kind], {})
@@ -59,13 +59,13 @@ def toy_space(
                             n = rows[cell].index(e)
                             y = jnp.tanh(source) @ params[cell]["dense"]["kernel"][n]
                             means.append(jnp.mean(y, axis=0))
-                            known = means[-1] if train else stats[cell]["dense"]["norm"]["mean"][n]
+                            known = jnp.where(train, means[-1], stats[cell]["dense"]["norm"]["mean"][n])
                             total = total + row[e, 2] * (y - known)
                     states.append(total)
                 if means:
                     found[cell] = {"dense": {"norm": {"mean": jnp.stack(means)}}}
                 x = x + states[2] + states[3]
-            return x @ params["head_kernel"] + params["head_bias"], found if train else stats
+            return x @ params["head_kernel"] + params["head_bias"], stats if train is False else found
 
         macs = PIXELS * width + width * classes + width * width * sum(map(len, rows.values()))
         return Supernet(init, apply, 0.1, macs)

@@ -18,7 +18,7 @@ from fedmetanas_jax.core import Algorithm, Examples, Tree
 from fedmetanas_jax.deploy import layout, share, terms, vector
 from fedmetanas_jax.deploy.states import States
 from fedmetanas_jax.engine import aggregate, secure
-from fedmetanas_jax.engine.evaluate import answers, recalibrate
+from fedmetanas_jax.engine.evaluate import Drawn, answers, recalibrated_answers
 from fedmetanas_jax.engine.round import apart, client_key, init_state, stream_key
 
 
@@ -174,17 +174,20 @@ class Worker:
         if plan not in self._judges:
             self._judges[plan] = jax.jit(self._judging(algorithm))
         with one_at_a_time():
-            counts = [self._judges[plan](net, rows.image, rows.label, size) for net in layout.unpack(row, parts)]
+            counts = [self._judges[plan](net, rows, size) for net in layout.unpack(row, parts)]
         return {"before": int(counts[0]), "after": int(counts[1]), "count": int(size)}
 
     def _judging(self, algorithm: Algorithm):
         batch, how = self.config.eval_batch, self.config.bn_eval
 
-        def count(net, image, label, size):
+        def count(net, rows: Examples, size):
+            places = jnp.arange(rows.label.size)
             if how == "recalibrated":  # by this client's own images, since it has no others
-                net = recalibrate(algorithm.forward, net, image, batch, size)
-            correct, _ = answers(algorithm.forward, net, image, label, size, batch, how == "batch")
-            return jnp.sum(correct & (jnp.arange(label.size) < size))
+                seen = Drawn(places, size)
+                correct, *_ = recalibrated_answers(algorithm.forward, net, rows, seen, places, size, batch)
+            else:
+                correct, _ = answers(algorithm.forward, net, rows, places, size, batch, how == "batch")
+            return jnp.sum(correct & (places < size))
 
         return count
 

@@ -17,7 +17,7 @@ import optax
 from jax.sharding import Mesh
 
 from fedmetanas_jax import tree
-from fedmetanas_jax.core import Algorithm, Array, Depth, FederatedData, Net, RoundState, Tree
+from fedmetanas_jax.core import Algorithm, Array, Depth, Examples, FederatedData, Net, RoundState, Tree
 from fedmetanas_jax.engine import hosts
 from fedmetanas_jax.engine.mesh import ALL, OWN, STATE, devices_of, on_mesh, padded, put_data, sum_of_devices
 from fedmetanas_jax.engine.round import apart, cohort, map_some, stream_key, train_examples
@@ -48,31 +48,6 @@ class Drawn(NamedTuple):
     distinct: Array  # [] int32: how many come before they do
 
 
-def recalibrate(
-    forward: Callable, net: Net, image: Array, batch: int, distinct: Array | int | None = None, mesh: Mesh | None = None
-) -> Net:
-    """The net with the mean, over batches of image [r, h, w, c], of the batches' own moments as its stats.
-
-    Only the first `distinct` [] images count (None: all), and those past the last full batch are left out: the moments
-    of a handful would count as much as a batch's. Fewer than a batch make one all the same, with what follows them; of
-    none the net stays as it is. Under `on_mesh` the images are this device's of `divided_in_batches`, and the mean is
-    all devices'.
-    """
-    size = min(batch, image.shape[0])
-    distinct = jnp.int32(image.shape[0] if distinct is None else distinct)
-    batches = jnp.where(distinct > 0, jnp.maximum(distinct // size, 1), 0)
-
-    def moments(i: Array) -> Tree:
-        return forward(net, jax.lax.dynamic_slice_in_dim(image, i * size, size), True)[1]
-
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(moments, jnp.int32(0)))
-    found = jax.lax.fori_loop(0, _mine(batches, mesh), lambda i, so_far: tree.add(so_far, moments(i)), nothing)
-    if mesh is not None:
-        found = sum_of_devices(found, mesh)
-    mean = jax.tree.map(lambda x: x / jnp.maximum(batches, 1), found)
-    return net._replace(stats=tree.where(batches > 0, mean, net.stats))
-
-
 def _mine(count: Array, mesh: Mesh | None) -> Array:
     """How many of `count` things that go round the devices, one to each, come to this one."""
     if mesh is None:
@@ -81,28 +56,92 @@ def _mine(count: Array, mesh: Mesh | None) -> Array:
 
 
 def answers(
-    forward: Callable, net: Net, image: Array, label: Array, size: Array, batch: int, train: bool
+    forward: Callable, net: Net, data: Examples | FederatedData, rows: Array, size: Array, batch: int, train: bool
 ) -> tuple[Array, Array]:
-    """For image [r, h, w, c] and label [r]: answered correctly, [r] bool, and the cross entropy, [r] float32.
+    """For rows [q] of the pool: answered correctly, [q] bool, and the cross entropy, [q] float32.
 
     Only the first `size` [] rows are read, and only the chunks that hold them are computed. The last chunk is filled up
     with repeats and not with blanks, since with train=True it is classified by its own moments; what is returned past
     `size` means nothing.
     """
-    count = label.shape[0]
-    batch = min(batch, count)
-    chunks = (jnp.arange(-(-count // batch) * batch) % jnp.maximum(size, 1)).reshape(-1, batch)
+    chunks = _chunks(rows, size, min(batch, len(rows)))
 
-    def chunk(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
-        rows = chunks[i]
-        logits = forward(net, image[rows], train)[0].astype(jnp.float32)
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, label[rows])
-        new = jnp.argmax(logits, -1) == label[rows], loss
-        return jax.tree.map(lambda all_of, some: all_of.at[i].set(some), found, new)
+    def chunk(i: Array, found: Answered) -> Answered:
+        return found.put(i, data, chunks[i], forward(net, data.image[chunks[i]], train)[0])
 
-    nothing = jnp.zeros(chunks.shape, bool), jnp.zeros(chunks.shape)
-    found = jax.lax.fori_loop(0, -(-size // batch), chunk, nothing)
-    return jax.tree.map(lambda x: x.reshape(-1)[:count], found)
+    return jax.lax.fori_loop(0, -(-size // chunks.shape[1]), chunk, Answered.nothing(chunks)).first(len(rows))
+
+
+def recalibrated_answers(
+    forward: Callable,
+    net: Net,
+    data: Examples | FederatedData,
+    seen: Drawn,
+    rows: Array,
+    size: Array,
+    batch: int,
+    mesh: Mesh | None = None,
+) -> tuple[Array, Array, Net]:
+    """`answers` by recalibrated statistics, and the net with these: the mean, over batches of images `seen`, of the
+    batches' own moments.
+
+    Only distinct images count, and those past the last full batch are left out: the moments of a handful would count as
+    much as a batch's. Fewer than a batch make one all the same, with what follows them; of none the net stays as it is.
+    Under `on_mesh` they are this device's of `divided_in_batches`, and the mean is all devices'.
+
+    Both go over chunks of images with one forward pass, which compiles for three quarters of what a pass for each takes
+    (docs/formulations.md).
+    """
+    batch = min(batch, len(seen.rows))
+    batches = jnp.where(seen.distinct > 0, jnp.maximum(seen.distinct // batch, 1), 0)
+    whole = seen.rows[: len(seen.rows) // batch * batch].reshape(-1, batch)
+    asked = _chunks(rows, size, batch)
+    most = max(len(whole), len(asked))
+    chunks = jnp.stack([jnp.resize(x, (most, batch)) for x in (whole, asked)])
+    counts = jnp.stack([_mine(batches, mesh), -(-size // batch)])
+
+    def turn(stats: Tree, x: tuple[Array, Array, Array]) -> tuple[Tree, Answered]:
+        calibrates, chunks, count = x
+
+        def chunk(i: Array, so_far: tuple[Tree, Answered]) -> tuple[Tree, Answered]:
+            logits, moments = forward(net._replace(stats=stats), data.image[chunks[i]], calibrates)
+            return tree.add(so_far[0], moments), so_far[1].put(i, data, chunks[i], logits)
+
+        sums, found = jax.lax.fori_loop(0, count, chunk, (tree.zeros_like(stats), Answered.nothing(chunks)))
+        if mesh is not None:
+            sums = sum_of_devices(sums, mesh)
+        mean = jax.tree.map(lambda x: x / jnp.maximum(batches, 1), sums)
+        return tree.where(calibrates & (batches > 0), mean, stats), found
+
+    stats, found = jax.lax.scan(turn, net.stats, (jnp.array([True, False]), chunks, counts))
+    return *tree.take(found, 1).first(len(rows)), net._replace(stats=stats)
+
+
+class Answered(NamedTuple):
+    """What was found for chunks of rows, [chunks, batch]."""
+
+    correct: Array  # bool
+    loss: Array  # float32, cross entropy
+
+    @classmethod
+    def nothing(cls, chunks: Array) -> "Answered":
+        """Yet, for any of them."""
+        return cls(jnp.zeros(chunks.shape, bool), jnp.zeros(chunks.shape))
+
+    def put(self, i: Array, data: Examples | FederatedData, rows: Array, logits: Array) -> "Answered":
+        """With these logits [batch, classes] for rows [batch] of the pool, which are chunk i."""
+        label, logits = data.label[rows], logits.astype(jnp.float32)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+        return tree.put(self, i, Answered(jnp.argmax(logits, -1) == label, loss))
+
+    def first(self, count: int) -> tuple[Array, Array]:
+        """Of the first rows, [count]."""
+        return self.correct.reshape(-1)[:count], self.loss.reshape(-1)[:count]
+
+
+def _chunks(rows: Array, size: Array, batch: int) -> Array:
+    """[chunks, batch] of rows [q], the first `size` [] of them over and over."""
+    return rows[jnp.arange(-(-len(rows) // batch) * batch) % jnp.maximum(size, 1)].reshape(-1, batch)
 
 
 def make_evaluate(algorithm: Algorithm, *, batch: int, bn_eval: str, mesh: Mesh | None = None) -> Callable:
@@ -117,12 +156,11 @@ def make_evaluate(algorithm: Algorithm, *, batch: int, bn_eval: str, mesh: Mesh 
     recalibrates = bn_eval == "recalibrated"
 
     def share(net: Net, data: FederatedData, rows: Array, size: Array, calibration: Drawn | None) -> Correct:
-        if recalibrates:
-            seen = data.image[calibration.rows]
-            net = recalibrate(algorithm.forward, net, seen, batch, calibration.distinct, mesh)
-        given = data.image[rows], data.label[rows], _mine(size, mesh)
-        found = answers(algorithm.forward, net, *given, batch, bn_eval == "batch")
-        return Correct(*found, net.stats if recalibrates else ())
+        given = rows, _mine(size, mesh), batch
+        if not recalibrates:
+            return Correct(*answers(algorithm.forward, net, data, *given, bn_eval == "batch"))
+        *found, net = recalibrated_answers(algorithm.forward, net, data, calibration, *given, mesh)
+        return Correct(*found, net.stats)
 
     drawn = Drawn(OWN, ALL) if recalibrates else ALL
     return jax.jit(on_mesh(share, mesh, (ALL, ALL, OWN, ALL, drawn), Correct(OWN, OWN, ALL)))

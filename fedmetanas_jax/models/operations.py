@@ -78,7 +78,9 @@ def weightless(ops: tuple[Op, ...], stride: int, x: Array, given: Tree | None, m
     total = 0.0
     for k, (op, y) in enumerate(zip(ops, parts, strict=True)):
         if op.name in POOLS:
-            y, _ = jax.vmap(batchnorm.norm, (None, 0))(y, given[op.name]["norm"])
+            y, found = jax.vmap(batchnorm.norm, (None, 0))(y, given[op.name]["norm"])
+            if found:  # the same for every node
+                moments[op.name] = {"norm": jax.tree.map(lambda m: m[0], found)}
         total = total + mix[:, k, None, None, None, None] * y
     return total, moments
 

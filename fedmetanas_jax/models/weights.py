@@ -11,7 +11,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from fedmetanas_jax.core import Array
-from fedmetanas_jax.models import layers
+from fedmetanas_jax.models import batchnorm, layers
 
 Path = tuple[str, ...]
 
@@ -57,7 +57,9 @@ def functions(
 
     def apply(params, stats, image, train, *more):
         x = layers.normalize(image, mean, std, dtype)
-        logits, moments = forward(params, stats, x, train, *more)
-        return logits, moments if train else stats
+        if isinstance(train, bool):
+            logits, moments = forward(params, stats, x, train, *more)
+            return logits, moments if train else stats
+        return forward(params, batchnorm.either(stats, train), x, False, *more)
 
     return init, apply, sum(int(np.prod(weight.shape)) * weight.area for weight in weights.values())
