@@ -132,7 +132,10 @@ class Config:
         how=True,
     )
     eval_every: int = _field(
-        10, "rounds between server and un-adapted local accuracy; 0: only at the end", least=0, how=True
+        10,
+        "rounds between server and un-adapted local accuracy, which the first round has too; 0: only at the end",
+        least=0,
+        how=True,
     )
     adapt_every: int = _field(
         0, "rounds between local accuracies of personalised networks; 0: as final_adapt says", least=0, how=True

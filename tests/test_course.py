@@ -54,7 +54,8 @@ def test_the_mask_is_pruned_first_and_the_program_two_rounds_later(unbroken):
 
 def test_weights_are_recorded_where_the_network_is_evaluated_or_pruned(unbroken):
     lines = {line["round"]: np.array(line["mix"]) for line in records(unbroken) if "mix" in line}
-    assert [(number, mix.shape) for number, mix in lines.items()] == [(n, (2, 2, 8)) for n in (2, 4, 8)]
+    assert [(number, mix.shape) for number, mix in lines.items()] == [(n, (2, 2, 8)) for n in (1, 2, 4, 8)]
+    assert np.all((lines.pop(1) > 0) & (lines[2] < 2))  # everything is alive after the first round
     for mix in lines.values():  # the event is before the first of them; a single operation an edge is left
         assert sorted(mix.ravel())[-5:] == [0, 1, 1, 1, 1]
 

@@ -64,14 +64,16 @@ def test_batch_moments_are_those_of_real_images_in_the_filled_up_chunk_too(data,
 
 
 def test_recalibrated_moments_are_the_mean_over_full_batches(data, net):
-    image = data.image[:11]
-    got = engine.recalibrate(toy.forward, net, image, 4)
-    np.testing.assert_allclose(got.stats["mean"], pixels(image[:8]).mean(0), rtol=1e-5)
+    def recalibrated(count, distinct):
+        seen = engine.Drawn(jnp.arange(count), jnp.int32(distinct))
+        return engine.recalibrated_answers(toy.forward, net, data, seen, data.central, 23, 4)[2]
+
+    got = recalibrated(11, 11)
+    np.testing.assert_allclose(got.stats["mean"], pixels(data.image[:8]).mean(0), rtol=1e-5)
     assert got.params is net.params
-    few = engine.recalibrate(toy.forward, net, image[:3], 4)
-    np.testing.assert_allclose(few.stats["mean"], pixels(image[:3]).mean(0), rtol=1e-5)
-    padded = engine.recalibrate(toy.forward, net, image, 4, jnp.int32(7))  # the rest is none of a client's
-    np.testing.assert_allclose(padded.stats["mean"], pixels(image[:4]).mean(0), rtol=1e-5)
+    np.testing.assert_allclose(recalibrated(3, 3).stats["mean"], pixels(data.image[:3]).mean(0), rtol=1e-5)
+    padded = recalibrated(11, 7)  # the rest is none of a client's
+    np.testing.assert_allclose(padded.stats["mean"], pixels(data.image[:4]).mean(0), rtol=1e-5)
 
 
 @pytest.mark.parametrize(("distinct", "used"), [(18, 18), (17, 12), (6, 6), (4, 6), (0, None)])
@@ -233,6 +235,16 @@ def test_without_a_step_of_adaptation_clients_fare_as_with_the_global_network(da
     programs, state = programs_of(data, bn_eval), start()
     local = measure.networks(programs, state)["local_accuracy"]
     assert measure.adapted(programs, state)["local_accuracy_by_depth"]["none"] == pytest.approx(local, rel=1e-6)
+
+
+def test_recalibrated_or_not_one_program_answers(data):
+    programs, state = programs_of(data, "recalibrated"), start()
+    net = state.server._replace(stats={"mean": state.server.stats["mean"] + 0.3})
+    programs.accuracies(net, state)
+    found = programs.server_accuracy_by("running", net, state)
+    image, label = (np.asarray(x[data.central]) for x in (data.image, data.label))
+    assert found == pytest.approx(by_hand(net, image, label, np.float64(net.stats["mean"]))[0].mean())
+    assert {*programs._compiled} == {"evaluation"}
 
 
 def test_what_is_asked_of_a_network_twice_recalibrates_it_once(data, monkeypatch):

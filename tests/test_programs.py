@@ -4,12 +4,13 @@ import gc
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import toy
 
 from fedmetanas_jax.engine import programs as engine
 from fedmetanas_jax.engine.kept import Kept
-from fedmetanas_jax.engine.round import init_state
+from fedmetanas_jax.engine.round import init_state, state_shapes
 
 CLIENTS, COHORT = 8, 6
 CONDUCT = engine.Conduct(
@@ -65,6 +66,35 @@ def test_a_run_that_is_given_programs_computes_as_many_as_they_do(start, monkeyp
     some, _ = compiled(start, 20 * 10**6, monkeypatch, kept=kept)
     monkeypatch.setattr(engine, "_lowered", lambda *given: pytest.fail("something is compiled"))
     assert compiled(start, 10**6, monkeypatch, kept=kept)[0] == some
+
+
+def test_the_round_is_compiled_while_the_state_is_made(start, monkeypatch):
+    """Once, and what is needed later after it; with the bits of a round that nobody foresaw."""
+    algorithm, state, data = start
+    made, compile_anew = [], engine.Programs._compile_anew
+
+    def counted(self, name, *arguments):
+        made.append(name)
+        return compile_anew(self, name, *arguments)
+
+    monkeypatch.setattr(engine.Programs, "_compile_anew", counted)
+    found = []
+    for foreseen in (True, False):
+        programs = engine.Programs(algorithm, CONDUCT, data, None, False, 2, print, later=["evaluation"])
+        if foreseen:
+            programs.foresee(state_shapes(algorithm, CLIENTS))
+        found.append(programs("round", jax.tree.map(jnp.copy, state), data, jnp.int32(1)))
+        assert np.isfinite(programs.answers(algorithm.global_model(state.server), data.central, None).loss).all()
+        assert made == ["round", "evaluation"]
+        made.clear()
+    jax.tree.map(np.testing.assert_array_equal, *found)
+
+
+def test_where_it_is_not_known_how_many_fit_nothing_is_foreseen(start):
+    algorithm, _, data = start
+    programs = engine.Programs(algorithm, CONDUCT, data, None, False, None, print)
+    programs.foresee(state_shapes(algorithm, CLIENTS))
+    assert not programs._begun
 
 
 def test_what_the_last_run_did_not_use_is_not_kept():

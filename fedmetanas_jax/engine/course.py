@@ -19,7 +19,7 @@ from fedmetanas_jax.engine.checkpoint import Checkpoints
 from fedmetanas_jax.engine.kept import Kept
 from fedmetanas_jax.engine.measure import Candidate
 from fedmetanas_jax.engine.mesh import devices_of, put_data
-from fedmetanas_jax.engine.programs import EVALUATION, Conduct, Programs
+from fedmetanas_jax.engine.programs import Conduct, Programs
 from fedmetanas_jax.engine.round import cohort, everyones, init_state, state_shapes, stream_key
 from fedmetanas_jax.engine.shared_checkpoints import SharedCheckpoints
 from fedmetanas_jax.engine.timetable import Timetable, falls_due
@@ -62,29 +62,40 @@ class Course(Timetable):
         self.account = None if noise is None else Account(noise, conduct.clients, conduct.cohort)
 
     def begin(self, say: Callable[[str], None]) -> bool:
-        """Restores the newest good checkpoint, or starts at round 0 -> whether it was restored.
+        """Restores the newest good checkpoint -> whether there was one; else a new run is at hand, to `start`.
 
         CheckpointError: there are checkpoints, but none is good, or that one is another run's.
         """
         restored = self.checkpoints.restore_newest(self._template, say)
         if restored is None:
             self.phase, (self.plan, _) = 0, self.phases[0].enter(None, None, self._phase_key(0))
-            algorithm = self._algorithm_of(0, self.plan)
-            self._place_owns(algorithm, say)
-            self.state = init_state(algorithm, self.conduct.seed, self.conduct.clients, self.mesh, self.hosted)
-        else:
-            _, meta, state = restored
-            for name in SAVED:
-                setattr(self, name, meta[name])
-            self.worth.restore(meta)
-            self.records = meta.get("records")
-            self._place_owns(self._algorithm_of(self.phase, self.plan), say)
-            say(f"resuming after round {int(state.round)} of {self.conduct.rounds}")
-            self.state = state if self.hosted else client_states.divided(state, self.conduct.clients, self.mesh)
-        self.done = int(self.state.round)
+            self._place_owns(self._algorithm_of(0, self.plan), say)
+            self.done = 0
+            self._load_programs(say)
+            return False
+        _, meta, state = restored
+        for name in SAVED:
+            setattr(self, name, meta[name])
+        self.worth.restore(meta)
+        self.records = meta.get("records")
+        self._place_owns(self._algorithm_of(self.phase, self.plan), say)
+        say(f"resuming after round {int(state.round)} of {self.conduct.rounds}")
+        self.state = state if self.hosted else client_states.divided(state, self.conduct.clients, self.mesh)
+        self.done = int(state.round)
         self._load_programs(say)
         self._move_on({}, say, resumed=True)
-        return restored is not None
+        return True
+
+    def start(self) -> None:
+        """Makes the state before round 0."""
+        self._foresee_round()
+        self.state = init_state(self.algorithm, self.conduct.seed, self.conduct.clients, self.mesh, self.hosted)
+        self._move_on({}, self.programs.say)
+
+    def _foresee_round(self) -> None:
+        """Has the round compiled while the first state is made."""
+        if not self.hosted:
+            self.programs.foresee(state_shapes(self.programs.algorithm, self.conduct.clients, self.mesh))
 
     def advance(self, limit: int) -> list[dict]:
         """Runs the rounds up to the next one after which the host has something to do -> their records."""
@@ -108,7 +119,7 @@ class Course(Timetable):
     def evaluate(self, line: dict) -> None:
         """Adds what is due after this round to its record."""
         conduct = self.conduct
-        if falls_due(self.done, conduct.eval_every, conduct.rounds):
+        if self._measures():
             line |= measure.networks(self.programs, self.state)
             self._served = self._measured()
             if self.account is not None:
@@ -285,16 +296,3 @@ class Course(Timetable):
             given = self.conduct, self.data, self.mesh, self.hosted, self.at_once
             of = json.dumps([self.phase, self.plan])
             self.programs = Programs(self.algorithm, *given, say, self._later(), self._kept, of)
-
-    def _later(self) -> list[str]:
-        """The programs that this algorithm will need after some of its rounds."""
-        adapts = self.conduct.adapt_every or (self._is_last() and self.conduct.final_adapt)
-        if adapts and not self.hosted:
-            return [EVALUATION, "adaptation"]
-        return [EVALUATION] if self.algorithm.global_model is not None else []
-
-    def _at(self, due: int) -> list[str]:
-        """The programs that are needed first where the run moves to an algorithm before this round or at the end."""
-        if due == self.conduct.rounds:
-            return ["adaptation", EVALUATION] if self.conduct.final_adapt and not self.hosted else []
-        return ["round"] if self.algorithm.global_model is None else ["round", EVALUATION]

@@ -86,7 +86,7 @@ class Programs:
         self._compiled: dict = {}
         self._personal: dict[int, Callable] = {}  # by at_once, so that it is traced once
         self._kept, self._of = kept or Kept(), of
-        self._later, self._begun, self._thread = later, {}, ThreadPoolExecutor(1)
+        self._later, self._begun, self._thread, self._first = later, {}, ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         # Small, but operation by operation they would be compiled a hundred times over.
         self.global_model, self.discrete_model, self.report = (
             jax.jit(made) if made else None
@@ -111,6 +111,14 @@ class Programs:
         for name in names:
             self._compiled[name] = self._prepared(name, state)
         self.seconds_ahead = time.perf_counter() - start
+
+    def foresee(self, state: RoundState) -> None:
+        """Has the round compiled in a thread, from the shapes of the first state, which is made meanwhile.
+
+        Not where the number of clients that fit has yet to be found: several processes agree on that in their order.
+        """
+        if self.at_once is not None:
+            self._begun["round"] = self._first.submit(self._prepared, "round", told(state, self.mesh, False))
 
     def _begin(self, state: RoundState) -> None:
         """Has what is needed later compiled in a thread: once the round is traced, since two threads that trace, which
@@ -234,6 +242,9 @@ class Programs:
         """
         if bn_eval == self.conduct.bn_eval:
             return self.accuracies(net, state)[0]
+        if bn_eval == "running" and self.conduct.bn_eval == "recalibrated":
+            seen = evaluate.none_of(self.calibration(state))
+            return float(np.mean(self.answers(net, self.data.central, seen).correct))
         rows = np.asarray(self.data.central)
         seen = self._drawn(state, self.conduct.cohort, evaluate.CALIBRATION)
         found = self(f"{BY}{bn_eval}", net, self.data, rows, jnp.int32(len(rows)), seen)

@@ -66,6 +66,8 @@ def run(
         accepted()
         if leads and not resumed:
             records.set_aside(log, notes.append)
+        if not resumed:
+            course.start()
         start = course.done
         course.lost = hosts.agreed(sum(len(line.get("dropped", ())) for line in past))
         if course.account is not None:

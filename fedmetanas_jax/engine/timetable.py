@@ -7,7 +7,7 @@ unbroken one does.
 import json
 
 from fedmetanas_jax.core import Algorithm, Phase, Tree
-from fedmetanas_jax.engine.programs import Conduct
+from fedmetanas_jax.engine.programs import EVALUATION, Conduct
 from fedmetanas_jax.engine.worth import Worth
 
 
@@ -17,6 +17,8 @@ class Timetable:
     phase: int
     plan: object
     done: int
+    algorithm: Algorithm
+    hosted: bool  # whether clients' states are on the host
 
     def __init__(self, phases: list[Phase], conduct: Conduct):
         self.phases, self.conduct = phases, conduct
@@ -27,11 +29,18 @@ class Timetable:
 
     def _next_stop(self, limit: int) -> int:
         conduct, done = self.conduct, self.done
-        stops = [conduct.rounds, limit, done + conduct.block, self._smaller_from() or 0, self._due() or 0]
+        first = 1 if conduct.eval_every else 0
+        stops = [conduct.rounds, limit, done + conduct.block, self._smaller_from() or 0, self._due() or 0, first]
         for every in (conduct.eval_every, conduct.adapt_every, conduct.checkpoint_every):
             if every:
                 stops.append(done - done % every + every)
         return min(stop for stop in stops if stop > done)
+
+    def _measures(self) -> bool:
+        """Whether the network is measured after this round: after every so many, after the last one and, since what is
+        wrong should show soon, after the first."""
+        every = self.conduct.eval_every
+        return falls_due(self.done, every, self.conduct.rounds) or (self.done == 1 and every > 0)
 
     def _is_last(self) -> bool:
         return self.phase + 1 == len(self.phases)
@@ -84,6 +93,19 @@ class Timetable:
         if key not in self._made:
             self._made[key] = made(plan)
         return self._made[key]
+
+    def _later(self) -> list[str]:
+        """The programs that this algorithm will need after some of its rounds."""
+        adapts = self.conduct.adapt_every or (self._is_last() and self.conduct.final_adapt)
+        if adapts and not self.hosted:
+            return [EVALUATION, "adaptation"]
+        return [EVALUATION] if self.algorithm.global_model is not None else []
+
+    def _at(self, due: int) -> list[str]:
+        """The programs that are needed first where the run moves to an algorithm before this round or at the end."""
+        if due == self.conduct.rounds:
+            return ["adaptation", EVALUATION] if self.conduct.final_adapt and not self.hosted else []
+        return ["round"] if self.algorithm.global_model is None else ["round", EVALUATION]
 
 
 def falls_due(done: int, every: int, last: int | None) -> bool:
