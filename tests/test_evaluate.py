@@ -1,12 +1,16 @@
 """Accuracies, recalibration and adaptation on the toy method, recomputed by hand with numpy."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
 
-from fedmetanas_jax.core import Net
+from fedmetanas_jax.config import Config
+from fedmetanas_jax.core import Examples, Net
+from fedmetanas_jax.deploy.work import Worker
 from fedmetanas_jax.engine import evaluate as engine
 from fedmetanas_jax.engine import measure
 from fedmetanas_jax.engine.mesh import clients_mesh, put_data, put_state, told
@@ -66,7 +70,7 @@ def test_batch_moments_are_those_of_real_images_in_the_filled_up_chunk_too(data,
 def test_recalibrated_moments_are_the_mean_over_full_batches(data, net):
     def recalibrated(count, distinct):
         seen = engine.Drawn(jnp.arange(count), jnp.int32(distinct))
-        return engine.recalibrated_answers(toy.forward, net, data, seen, data.central, 23, 4)[2]
+        return engine.answers(toy.forward, net, data, data.central, 23, 4, "recalibrated", seen)[2]
 
     got = recalibrated(11, 11)
     np.testing.assert_allclose(got.stats["mean"], pixels(data.image[:8]).mean(0), rtol=1e-5)
@@ -74,6 +78,16 @@ def test_recalibrated_moments_are_the_mean_over_full_batches(data, net):
     np.testing.assert_allclose(recalibrated(3, 3).stats["mean"], pixels(data.image[:3]).mean(0), rtol=1e-5)
     padded = recalibrated(11, 7)  # the rest is none of a client's
     np.testing.assert_allclose(padded.stats["mean"], pixels(data.image[:4]).mean(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("bn_eval", "used"), [("running", None), ("batch", 7), ("recalibrated", 4)])
+def test_a_networked_client_counts_its_own_images_by_its_own_moments(data, net, bn_eval, used):
+    """Of eleven rows seven are its own, of which one batch of four is full."""
+    worker = SimpleNamespace(config=Config(eval_batch=4 if bn_eval == "recalibrated" else 7, bn_eval=bn_eval))
+    rows = Examples(data.image[:11], data.label[:11], jnp.arange(11) < 7)
+    mean = np.float64(net.stats["mean"]) if used is None else pixels(data.image[:used]).mean(0)
+    want = by_hand(net, np.asarray(data.image[:7]), np.asarray(data.label[:7]), mean)[0]
+    assert Worker._judging(worker, toy.ALGORITHM)(net, rows, jnp.int32(7)) == want.sum()
 
 
 @pytest.mark.parametrize(("distinct", "used"), [(18, 18), (17, 12), (6, 6), (4, 6), (0, None)])

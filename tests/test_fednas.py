@@ -281,6 +281,7 @@ def test_accuracies_of_search_pruned_and_retrained_are_kept_apart(tmp_path, devi
     outcome = toy.run(fednas(SPACE, setting, alpha_lr=0.1), federation(), tmp_path / "run", said, **how)
     lines = [x for x in said if isinstance(x, dict)]
     border, last = lines[1], lines[3]  # nothing was to be evaluated but at the end
+    assert "server_accuracy" not in lines[0]
     assert [line.get("event") for line in lines] == [None, "retrain", None, None]
     assert [line["phase"] for line in lines] == [0, 0, 1, 1]
     assert border["server_accuracy"] == border["event_accuracy_before"]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import toy
 
+from fedmetanas_jax.build import one_phase
 from fedmetanas_jax.engine import programs as engine
 from fedmetanas_jax.engine.kept import Kept
 from fedmetanas_jax.engine.round import init_state, state_shapes
@@ -88,6 +89,15 @@ def test_the_round_is_compiled_while_the_state_is_made(start, monkeypatch):
         assert made == ["round", "evaluation"]
         made.clear()
     jax.tree.map(np.testing.assert_array_equal, *found)
+
+
+def test_a_new_run_has_its_round_foreseen_and_the_first_one_measured(tmp_path):
+    said: list = []
+    how = {"eval_every": 3, "block": 4, "checkpoint_every": 4}
+    toy.run(one_phase(toy.ALGORITHM), toy.make_data(7), tmp_path / "run", said, **how)
+    assert any("compiled the round" in line and "meanwhile" in line for line in said if isinstance(line, str))
+    lines = [line for line in said if isinstance(line, dict)]
+    assert [line["round"] for line in lines if "server_accuracy" in line] == [1, 3, 4]
 
 
 def test_where_it_is_not_known_how_many_fit_nothing_is_foreseen(start):

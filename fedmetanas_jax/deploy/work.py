@@ -18,7 +18,7 @@ from fedmetanas_jax.core import Algorithm, Examples, Tree
 from fedmetanas_jax.deploy import layout, share, terms, vector
 from fedmetanas_jax.deploy.states import States
 from fedmetanas_jax.engine import aggregate, secure
-from fedmetanas_jax.engine.evaluate import Drawn, answers, recalibrated_answers
+from fedmetanas_jax.engine.evaluate import Drawn, answers
 from fedmetanas_jax.engine.round import apart, client_key, init_state, stream_key
 
 
@@ -182,11 +182,8 @@ class Worker:
 
         def count(net, rows: Examples, size):
             places = jnp.arange(rows.label.size)
-            if how == "recalibrated":  # by this client's own images, since it has no others
-                seen = Drawn(places, size)
-                correct, *_ = recalibrated_answers(algorithm.forward, net, rows, seen, places, size, batch)
-            else:
-                correct, _ = answers(algorithm.forward, net, rows, places, size, batch, how == "batch")
+            seen = Drawn(places, size)  # this client's own images, since it has no others
+            correct, *_ = answers(algorithm.forward, net, rows, places, size, batch, how, seen)
             return jnp.sum(correct & (places < size))
 
         return count

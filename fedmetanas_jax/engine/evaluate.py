@@ -56,34 +56,45 @@ def _mine(count: Array, mesh: Mesh | None) -> Array:
 
 
 def answers(
-    forward: Callable, net: Net, data: Examples | FederatedData, rows: Array, size: Array, batch: int, train: bool
-) -> tuple[Array, Array]:
-    """For rows [q] of the pool: answered correctly, [q] bool, and the cross entropy, [q] float32.
-
-    Only the first `size` [] rows are read, and only the chunks that hold them are computed. The last chunk is filled up
-    with repeats and not with blanks, since with train=True it is classified by its own moments; what is returned past
-    `size` means nothing.
-    """
-    chunks = _chunks(rows, size, min(batch, len(rows)))
-
-    def chunk(i: Array, found: Answered) -> Answered:
-        return found.put(i, data, chunks[i], forward(net, data.image[chunks[i]], train)[0])
-
-    return jax.lax.fori_loop(0, -(-size // chunks.shape[1]), chunk, Answered.nothing(chunks)).first(len(rows))
-
-
-def recalibrated_answers(
     forward: Callable,
     net: Net,
     data: Examples | FederatedData,
-    seen: Drawn,
     rows: Array,
     size: Array,
     batch: int,
+    bn_eval: str,
+    seen: Drawn | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[Array, Array, Net]:
-    """`answers` by recalibrated statistics, and the net with these: the mean, over batches of images `seen`, of the
-    batches' own moments.
+    """For rows [q] of the pool: answered correctly, [q] bool, the cross entropy, [q] float32, and the net with the
+    statistics that it had; `seen` is read where they are recalibrated.
+
+    Only the first `size` [] rows are read, and only the chunks that hold them are computed. The last chunk is filled up
+    with repeats and not with blanks, since by "batch" it is classified by its own moments; what is returned past `size`
+    means nothing.
+    """
+    if bn_eval == "recalibrated":
+        return _recalibrated_answers(forward, net, data, rows, size, batch, seen, mesh)
+    chunks = _chunks(rows, size, min(batch, len(rows)))
+
+    def chunk(i: Array, found: Answered) -> Answered:
+        return found.put(i, data, chunks[i], forward(net, data.image[chunks[i]], bn_eval == "batch")[0])
+
+    found = jax.lax.fori_loop(0, -(-size // chunks.shape[1]), chunk, Answered.nothing(chunks))
+    return *found.first(len(rows)), net
+
+
+def _recalibrated_answers(
+    forward: Callable,
+    net: Net,
+    data: Examples | FederatedData,
+    rows: Array,
+    size: Array,
+    batch: int,
+    seen: Drawn,
+    mesh: Mesh | None,
+) -> tuple[Array, Array, Net]:
+    """`answers` by the mean, over batches of images `seen`, of the batches' own moments.
 
     Only distinct images count, and those past the last full batch are left out: the moments of a handful would count as
     much as a batch's. Fewer than a batch make one all the same, with what follows them; of none the net stays as it is.
@@ -156,11 +167,9 @@ def make_evaluate(algorithm: Algorithm, *, batch: int, bn_eval: str, mesh: Mesh 
     recalibrates = bn_eval == "recalibrated"
 
     def share(net: Net, data: FederatedData, rows: Array, size: Array, calibration: Drawn | None) -> Correct:
-        given = rows, _mine(size, mesh), batch
-        if not recalibrates:
-            return Correct(*answers(algorithm.forward, net, data, *given, bn_eval == "batch"))
-        *found, net = recalibrated_answers(algorithm.forward, net, data, calibration, *given, mesh)
-        return Correct(*found, net.stats)
+        given = data, rows, _mine(size, mesh), batch, bn_eval, calibration, mesh
+        *found, net = answers(algorithm.forward, net, *given)
+        return Correct(*found, net.stats if recalibrates else ())
 
     drawn = Drawn(OWN, ALL) if recalibrates else ALL
     return jax.jit(on_mesh(share, mesh, (ALL, ALL, OWN, ALL, drawn), Correct(OWN, OWN, ALL)))
