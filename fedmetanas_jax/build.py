@@ -19,11 +19,11 @@ from fedmetanas_jax.engine import accountant, aggregate, hosts, identity, privac
 from fedmetanas_jax.engine import run as engine
 from fedmetanas_jax.engine.checkpoint import CheckpointError
 from fedmetanas_jax.engine.claim import claim
+from fedmetanas_jax.engine.conduct import Conduct
 from fedmetanas_jax.engine.course import Course
 from fedmetanas_jax.engine.interrupt import interruptible
 from fedmetanas_jax.engine.kept import Kept
 from fedmetanas_jax.engine.mesh import CPU_PARTS, clients_mesh
-from fedmetanas_jax.engine.programs import Conduct
 from fedmetanas_jax.engine.report import NonFiniteError
 from fedmetanas_jax.engine.round import make_round, state_shapes
 from fedmetanas_jax.engine.sinks import NONE, Sinks
@@ -194,7 +194,6 @@ def run(
                 if chosen.genotype is not None:
                     deliver.write_genotype(chosen, chosen.genotype, workdir)
                 claimed.write()
-                describe(config, dataset, parts, workdir)
 
             def draw() -> None:
                 lines = records.read(workdir / records.RECORDS)
@@ -204,6 +203,7 @@ def run(
                     pictures.draw(lines, graph, workdir, f"{task}, {config.method}, seed {config.seed}")
 
             how = {"workdir": workdir, "mesh": mesh, "stop_after": stop_after, "go_on": command, "sinks": sinks}
+            how["meanwhile"] = partial(describe, config, dataset, parts, workdir)
             how["make_course"] = partial(Course, kept=kept and kept.next_run(alike(config)))
             try:
                 outcome = engine.run(phases, data, conduct, **how, identity=mine, accepted=accepted)

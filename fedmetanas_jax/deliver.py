@@ -5,7 +5,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from scipy.special import logsumexp
 
 from fedmetanas_jax import network, tree
 from fedmetanas_jax.architecture import Architecture
@@ -48,6 +47,8 @@ def _network(
     workdir: Path,
 ) -> dict:
     """Writes the network and its genotype -> the figures of the file, which is read back and asked."""
+    from scipy.special import logsumexp  # slow to import, and needed once a run
+
     arguments, plan, net = chosen.arguments, served.plan, jax.device_get(served.net)
     if chosen.genotype is not None:
         graph = chosen.space.graph

@@ -13,8 +13,9 @@ from fedmetanas_jax.core import Examples, Net
 from fedmetanas_jax.deploy.work import Worker
 from fedmetanas_jax.engine import evaluate as engine
 from fedmetanas_jax.engine import measure
+from fedmetanas_jax.engine.conduct import Conduct
 from fedmetanas_jax.engine.mesh import clients_mesh, put_data, put_state, told
-from fedmetanas_jax.engine.programs import Conduct, Programs
+from fedmetanas_jax.engine.programs import Programs
 from fedmetanas_jax.engine.round import cohort, init_state, stream_key, train_examples
 
 CLIENTS, SEED = 7, 5
@@ -54,7 +55,6 @@ def test_one_pass_answers_every_central_image_once(data, net, batch):
     got = engine.make_evaluate(toy.ALGORITHM, batch=batch, bn_eval="running")(net, data, data.central, 23, None)
     np.testing.assert_array_equal(got.correct, want)
     np.testing.assert_allclose(got.loss, losses, rtol=1e-4)
-    assert engine.server_accuracy(got.correct) == pytest.approx(want.mean())
     assert 0 < want.mean() < 1
 
 

@@ -91,6 +91,44 @@ def test_the_round_is_compiled_while_the_state_is_made(start, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, *found)
 
 
+def test_what_surrounds_an_evaluation_is_compiled_before_one_is_due(start, caplog, monkeypatch):
+    _, state, _ = start
+    small = ["draw", "local_summary", "global_model"]
+
+    def compiles(foreseen: bool) -> list[str]:
+        def global_model(server):
+            return toy.ALGORITHM.global_model(server)
+
+        algorithm = start[0]._replace(global_model=global_model)
+        data = toy.make_data(CLIENTS, q=29 + foreseen)  # of a size that nothing was compiled for before
+        conduct = CONDUCT._replace(bn_eval="recalibrated")
+        programs = engine.Programs(algorithm, conduct, data, None, False, 2, print, later=["evaluation"])
+        if foreseen:
+            programs.foresee(state_shapes(algorithm, CLIENTS))
+        programs("round", jax.tree.map(jnp.copy, state), data, jnp.int32(1))
+        programs._thread.shutdown()
+        caplog.clear()
+        with jax.log_compiles():
+            programs.accuracies(programs.global_model(state.server), state)
+        logged = [record.getMessage() for record in caplog.records]
+        return [name for name in small if any(f"Compiling jit({name})" in line for line in logged)]
+
+    assert compiles(foreseen=True) == []
+    monkeypatch.setattr(engine.Programs, "_around_evaluation", lambda self, state: None)
+    assert compiles(foreseen=False) == small
+
+
+def test_what_takes_its_time_is_done_while_the_first_round_is_compiled(tmp_path):
+    """Once in a process, also where nothing was foreseen, and before its first record."""
+    said: list = []
+    for rounds in (2, 1):
+        told = {"meanwhile": lambda: said.append("meanwhile"), "stop_after": rounds}
+        toy.run(one_phase(toy.ALGORITHM), toy.make_data(7), tmp_path / "run", said, **told)
+    kinds = [line if isinstance(line, str) else line["round"] for line in said]
+    kinds = [kind for kind in kinds if kind == "meanwhile" or not isinstance(kind, str)]
+    assert kinds == ["meanwhile", 1, 2, "meanwhile", 3]
+
+
 def test_a_new_run_has_its_round_foreseen_and_the_first_one_measured(tmp_path):
     said: list = []
     how = {"eval_every": 3, "block": 4, "checkpoint_every": 4}

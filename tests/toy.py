@@ -11,11 +11,11 @@ import numpy as np
 
 from fedmetanas_jax.core import Algorithm, FederatedData, Net, Phase, Reply
 from fedmetanas_jax.engine import run as engine
-from fedmetanas_jax.engine.programs import Conduct
+from fedmetanas_jax.engine.conduct import Conduct
 from fedmetanas_jax.tree import lerp, sub, where
 
 CLASSES, PIXELS, MOMENTUM = 4, 64, 0.1
-HOW = ("stop_after", "mesh", "identity", "accepted", "make_course")  # of `run`, for the engine's
+HOW = ("stop_after", "mesh", "identity", "accepted", "meanwhile", "make_course")  # of `run`, for the engine's
 
 
 class Server(NamedTuple):

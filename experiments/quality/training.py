@@ -21,7 +21,8 @@ from fedmetanas_jax.config import Config, validate
 from fedmetanas_jax.core import Algorithm, FederatedData, Plan, Reply, RoundState, SearchSpace, Setting, Tree
 from fedmetanas_jax.data import sources
 from fedmetanas_jax.data.augment import augmenter
-from fedmetanas_jax.engine.programs import Conduct, Programs
+from fedmetanas_jax.engine.conduct import Conduct
+from fedmetanas_jax.engine.programs import Programs
 from fedmetanas_jax.engine.round import cohort, init_state, make_round, map_some, stream_key
 from fedmetanas_jax.nas import mask as masks
 

@@ -3,8 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-from matplotlib import font_manager
-from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
 from fedmetanas_jax.options import brief
 
@@ -16,8 +14,10 @@ def draw(histogram: np.ndarray, label_names: tuple[str, ...], path: Path) -> Non
     figure_of(histogram, label_names).savefig(path, dpi=120)
 
 
-def figure_of(histogram: np.ndarray, label_names: tuple[str, ...]) -> Figure:
+def figure_of(histogram: np.ndarray, label_names: tuple[str, ...]):
     """The picture as a matplotlib figure."""
+    from matplotlib.figure import Figure  # slow to import; not pyplot: no window, no global state
+
     clients, classes = histogram.shape
     names = legible(label_names) if classes <= 30 else []  # more than that cannot be read side by side
     height = 2 + 0.12 * clients + 0.09 * max(0, max(map(len, names), default=0) - 8)
@@ -35,6 +35,8 @@ def figure_of(histogram: np.ndarray, label_names: tuple[str, ...]) -> Figure:
 def legible(label_names: tuple[str, ...]) -> list[str]:
     """The names, cut where they are long; 'label 3' in place of an empty one, and of one with a character that the font
     lacks, which would be drawn as a box."""
+    from matplotlib import font_manager
+
     there = font_manager.get_font(font_manager.findfont(font_manager.FontProperties())).get_charmap()
     names = [brief(name, LONGEST) for name in label_names]
     return [

@@ -10,8 +10,9 @@ from jax.sharding import Mesh
 from fedmetanas_jax import tree
 from fedmetanas_jax.core import Algorithm, FederatedData
 from fedmetanas_jax.engine import hosts
+from fedmetanas_jax.engine.conduct import Conduct
 from fedmetanas_jax.engine.mesh import told
-from fedmetanas_jax.engine.programs import Conduct, Programs
+from fedmetanas_jax.engine.programs import Programs
 from fedmetanas_jax.engine.round import state_shapes
 
 

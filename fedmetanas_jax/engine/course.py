@@ -16,10 +16,11 @@ from fedmetanas_jax.engine import client_states, hosts, identity, measure, repor
 from fedmetanas_jax.engine.accountant import Account
 from fedmetanas_jax.engine.ahead import Ahead
 from fedmetanas_jax.engine.checkpoint import Checkpoints
+from fedmetanas_jax.engine.conduct import Conduct
 from fedmetanas_jax.engine.kept import Kept
 from fedmetanas_jax.engine.measure import Candidate
 from fedmetanas_jax.engine.mesh import devices_of, put_data
-from fedmetanas_jax.engine.programs import Conduct, Programs
+from fedmetanas_jax.engine.programs import Programs
 from fedmetanas_jax.engine.round import cohort, everyones, init_state, state_shapes, stream_key
 from fedmetanas_jax.engine.shared_checkpoints import SharedCheckpoints
 from fedmetanas_jax.engine.timetable import Timetable, falls_due

@@ -227,13 +227,6 @@ def draw(data: FederatedData, seed: Array | int, round: Array, cohort_size: int,
     return Drawn(rows.reshape(-1)[order[jnp.arange(count) % there]], jnp.minimum(there, count))
 
 
-@jax.jit
-def server_accuracy(correct: Array) -> Array:
-    """[]: share of correct [q] that is true."""
-    return jnp.mean(correct.astype(jnp.float32))
-
-
-@jax.jit
 def local_accuracy(correct: Array, data: FederatedData) -> Array:
     """[clients]: accuracy on each client's own test images, given correct [q] of the server's test set."""
     held = jnp.arange(data.test.shape[1]) < data.test_size[:, None]
@@ -247,6 +240,12 @@ def summary(accuracy: Array) -> dict[str, Array]:
     """
     worst = jnp.sort(accuracy)[: -(-accuracy.shape[0] // 10)]
     return {"mean": jnp.mean(accuracy), "std": jnp.std(accuracy), "worst_tenth": jnp.mean(worst)}
+
+
+@jax.jit
+def local_summary(correct: Array, data: FederatedData) -> dict[str, Array]:
+    """`summary` of `local_accuracy`."""
+    return summary(local_accuracy(correct, data))
 
 
 def make_personal(algorithm: Algorithm, *, at_once: int, mesh: Mesh | None = None) -> Callable:

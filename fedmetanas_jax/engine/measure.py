@@ -22,7 +22,7 @@ def networks(programs: Programs, state: RoundState) -> dict:
     if programs.discrete_model is not None:
         discrete = programs.discrete_model(state.server)
         # Once a single operation an edge is left the two are one network.
-        same = bool(jnp.array_equal(discrete.mix, net.mix))
+        same = np.array_equal(discrete.mix, net.mix)
         found["server_accuracy_discrete"] = server if same else programs.accuracies(discrete, state)[0]
     return found | _architecture(programs, net)
 

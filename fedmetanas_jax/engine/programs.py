@@ -1,10 +1,10 @@
-"""The compiled programs of one algorithm, and how a run goes about its rounds."""
+"""The compiled programs of one algorithm."""
 
 import gc
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import jax
@@ -13,38 +13,17 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fedmetanas_jax import tree
-from fedmetanas_jax.core import Aggregate, Algorithm, Array, FederatedData, Net, RoundState
+from fedmetanas_jax.core import Algorithm, Array, FederatedData, Net, RoundState
 from fedmetanas_jax.engine import evaluate, hosts
+from fedmetanas_jax.engine.conduct import Conduct
 from fedmetanas_jax.engine.kept import Kept
 from fedmetanas_jax.engine.mesh import ALL, OWN, devices_of, free_bytes, padded, told
-from fedmetanas_jax.engine.round import MEAN, make_round
+from fedmetanas_jax.engine.round import make_round
 
 NUMBERS = itertools.count()
 EVALUATION = "evaluation"  # of the network that serves everybody or, where there is none, of clients' own
 OF_CLIENTS = "evaluation of clients' networks"  # where these have another form
 BY = "evaluation by bn_eval="  # and which: programs of `Programs.server_accuracy_by`
-
-
-class Conduct(NamedTuple):
-    """How a run goes about its rounds; the names are Config's."""
-
-    rounds: int
-    seed: int
-    clients: int
-    cohort: int
-    batch: int
-    epochs: int
-    at_once: int  # -1: as many as the device's memory allows
-    block: int
-    compile_ahead: int  # -1: 0, or at the end where compiling does not pay
-    client_states: str
-    bn_eval: str
-    eval_batch: int
-    eval_every: int
-    adapt_every: int
-    final_adapt: bool
-    checkpoint_every: int
-    aggregate: Aggregate = MEAN
 
 
 class Answers(NamedTuple):
@@ -87,6 +66,8 @@ class Programs:
         self._personal: dict[int, Callable] = {}  # by at_once, so that it is traced once
         self._kept, self._of = kept or Kept(), of
         self._later, self._begun, self._thread, self._first = later, {}, ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._traced: Future = Future()  # once the round is
+        self.meanwhile: Callable = lambda: None  # what is to be done while the first program is compiled
         # Small, but operation by operation they would be compiled a hundred times over.
         self.global_model, self.discrete_model, self.report = (
             jax.jit(made) if made else None
@@ -98,6 +79,10 @@ class Programs:
             self.say(f"compiling the {name} (kept in {jax.config.jax_compilation_cache_dir} for the next run) ...")
             start = time.perf_counter()
             begun = self._begun.pop(name, None)
+            if begun is not None:  # what is yet to be traced is Python, too, which does one thing at a time
+                wait([self._traced, begun], return_when=FIRST_COMPLETED)
+            self.meanwhile, meanwhile = lambda: None, self.meanwhile
+            meanwhile()
             self._compiled[name] = self._compile(name, *arguments) if begun is None else begun.result()
             hosts.meet()  # so that waiting for a slower process counts as compiling and not as the round
             seconds = time.perf_counter() - start
@@ -123,12 +108,26 @@ class Programs:
     def _begin(self, state: RoundState) -> None:
         """Has what is needed later compiled in a thread: once the round is traced, since two threads that trace, which
         is Python, would wait for one another."""
+        if not self._traced.done():
+            self._traced.set_result(None)
         state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
         there = self._compiled.keys() | self._begun.keys()
         for name in self._later:
             known = name != "adaptation" or self.at_once is not None  # the round has yet to find how many fit
             if known and name not in there:
                 self._begun[name] = self._thread.submit(self._prepared, name, told(state, self.mesh, self.hosted))
+                if name == EVALUATION:
+                    self._thread.submit(self._around_evaluation, told(state, self.mesh, self.hosted))
+
+    def _around_evaluation(self, state: RoundState) -> None:
+        """Compiles the small programs that an evaluation takes, which together would take seconds when it is due."""
+        for made in (self.global_model, self.discrete_model):
+            if made is not None:
+                made.lower(state.server).compile()  # jit finds it when it is called alike
+        if self.conduct.bn_eval == "recalibrated":
+            given = self.data, state.seed, jax.ShapeDtypeStruct((), jnp.int32)
+            evaluate.draw.lower(*given, self.conduct.cohort, evaluate.CALIBRATION).compile()
+        evaluate.local_summary.lower(jax.ShapeDtypeStruct(self.data.central.shape, bool), self.data).compile()
 
     def _prepared(self, name: str, state: RoundState):
         """The program, before what it will be given is there; of a state its shapes are enough."""
@@ -232,7 +231,7 @@ class Programs:
         `measured` then, on each of the server's test images."""
         self.measured = self.answers(net, self.data.central, self.calibration(state))
         correct, loss, _ = self.measured
-        local = evaluate.summary(evaluate.local_accuracy(jnp.asarray(correct), self.data))
+        local = evaluate.local_summary(correct, self.data)
         return float(np.mean(correct)), floats(local), float(np.mean(loss))
 
     def server_accuracy_by(self, bn_eval: str, net: Net, state: RoundState) -> float:
@@ -279,7 +278,7 @@ class Programs:
 
     def _drawn(self, state: RoundState, clients: int, count: int) -> evaluate.Drawn:
         """Training images of the last round's cohort, were it of so many clients."""
-        last = jnp.maximum(state.round - 1, 0)
+        last = np.int32(max(int(state.round) - 1, 0))
         return jax.tree.map(np.asarray, evaluate.draw(self.data, state.seed, last, clients, count))
 
 

@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 from fedmetanas_jax.core import Algorithm, FederatedData, Phase, RoundState
 from fedmetanas_jax.engine import hosts, records, report
 from fedmetanas_jax.engine.checkpoint import Checkpoints
+from fedmetanas_jax.engine.conduct import Conduct
 from fedmetanas_jax.engine.course import Course, Served
 from fedmetanas_jax.engine.interrupt import interruptible
-from fedmetanas_jax.engine.programs import Conduct
 from fedmetanas_jax.engine.progress import Progress
 from fedmetanas_jax.engine.shared_checkpoints import SharedCheckpoints
 from fedmetanas_jax.engine.sinks import NONE, Sinks
@@ -45,13 +45,15 @@ def run(
     go_on: str = "the same command",
     identity: dict | None = None,
     accepted: Callable[[], None] = lambda: None,
+    meanwhile: Callable[[], None] = lambda: None,
     sinks: Sinks = NONE,
     make_course: Callable[..., Course] = Course,
 ) -> Outcome | None:
     """Runs or resumes the phases in `workdir`.
 
     identity: of this run, for its checkpoints (see `identity.of`). accepted: called once nothing speaks against the run
-    any more, before its first round. sinks: where else the records go; whoever made them ends them.
+    any more, before its first round. meanwhile: called while that is compiled, for what takes its time.
+    sinks: where else the records go; whoever made them ends them.
     make_course: what does the rounds, with Course's arguments; another one may have them done elsewhere.
     Returns None where `stop_after` rounds of this call ended before the last one.
     Leaves records.jsonl and checkpoints/. Raises NonFiniteError, CheckpointError, WorkdirError where the records do
@@ -77,7 +79,7 @@ def run(
         with progress(conduct.rounds, course.done, past) as show:
             for note in notes:
                 show.say(note)
-            course.programs.say = show.say
+            course.programs.say, course.programs.meanwhile = show.say, meanwhile
             sinks.begin(past, show.say)
             while course.done < conduct.rounds:
                 if hosts.heard(interrupt.signal) is not None or course.done >= limit:

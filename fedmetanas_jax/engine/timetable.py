@@ -7,7 +7,8 @@ unbroken one does.
 import json
 
 from fedmetanas_jax.core import Algorithm, Phase, Tree
-from fedmetanas_jax.engine.programs import EVALUATION, Conduct
+from fedmetanas_jax.engine.conduct import Conduct
+from fedmetanas_jax.engine.programs import EVALUATION
 from fedmetanas_jax.engine.worth import Worth
 
 

@@ -4,8 +4,6 @@ from itertools import cycle, product
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch
 
 from fedmetanas_jax.core import Graph
 from fedmetanas_jax.nas.genotype import Cell, Genotype, input_name
@@ -31,8 +29,10 @@ def draw(graph: Graph, genotype: Genotype, path: str | Path) -> None:
     figure_of(graph, genotype).savefig(path, dpi=200)
 
 
-def figure_of(graph: Graph, genotype: Genotype) -> Figure:
+def figure_of(graph: Graph, genotype: Genotype):
     """The picture as a matplotlib figure."""
+    from matplotlib.figure import Figure  # slow to import, and needed once a run
+
     height = height_of(max(map(len, genotype.values())))
     figure = Figure(figsize=(len(genotype) * WIDTH, height), facecolor="white")
     for column, (name, cell) in enumerate(genotype.items()):
@@ -92,6 +92,8 @@ def _draw_cell(axes, graph: Graph, cell: Cell) -> None:
 
 
 def _arrow(axes, start, end, **line) -> None:
+    from matplotlib.patches import FancyArrowPatch
+
     gap = 72 * RADIUS
     axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=11, shrinkA=gap, shrinkB=gap, **line))
 
