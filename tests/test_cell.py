@@ -13,6 +13,7 @@ from fedmetanas_jax.models.darts import darts_space, suited
 from fedmetanas_jax.models.plan import NONE, OPS, edge_ends, norm_names, op_shapes, stacked
 from fedmetanas_jax.models.scan import scanned_cell
 from fedmetanas_jax.models.side_by_side import unrolled_cell
+from fedmetanas_jax.models.skipping import skipping_cell
 from fedmetanas_jax.models.sources import groups_of
 from fedmetanas_jax.models.stages import at_slots, stages
 
@@ -108,7 +109,7 @@ def derivatives(plan, reduce, cell):
     return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))
 
 
-one_by_one, skipping = partial(unrolled_cell, apart=True), partial(scanned_cell, skips=True)
+one_by_one = partial(unrolled_cell, apart=True)
 
 
 def stride(op):
@@ -130,7 +131,7 @@ def example(plan, reduce):
 def test_all_ways_give_the_same_numbers(plan, reduce):
     arguments = example(plan, reduce)
     want = derivatives(plan, reduce, scanned_cell)(*arguments)
-    for cell in (unrolled_cell, one_by_one, skipping):
+    for cell in (unrolled_cell, one_by_one, skipping_cell):
         got = derivatives(plan, reduce, cell)(*arguments)
         assert jax.tree.structure(got) == jax.tree.structure(want)
         for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
@@ -149,14 +150,22 @@ def example_stats(reduce):
 @pytest.mark.usefixtures("double")
 @pytest.mark.parametrize("reduce", [False, True])
 def test_all_ways_evaluate_alike(reduce):
+    """And have the same gradients then, of the moments that are given, too."""
     (inputs, weights, mix), stats = example(SOME, reduce), example_stats(reduce)
+    alive = np.array([[k in ops for k in ALL] for ops in SOME])
 
-    def nodes(cell):
-        run = jax.jit(lambda *given: cell(*given, SOME, reduce, False)[0])
-        return run(inputs, weights, stats, mix)
+    def found(cell):
+        def total(*given):
+            nodes = cell(*given, SOME, reduce, False)[0]
+            return jnp.sum(jnp.sin(nodes)), nodes
 
-    for cell in (unrolled_cell, one_by_one, skipping):
-        np.testing.assert_allclose(nodes(cell), nodes(scanned_cell), rtol=1e-9, atol=1e-11)
+        (*grads, g_mix), nodes = jax.jit(jax.grad(total, (0, 1, 2, 3), has_aux=True))(inputs, weights, stats, mix)
+        return nodes, grads, jnp.where(alive, g_mix, 0)
+
+    want = found(scanned_cell)
+    for cell in (unrolled_cell, one_by_one, skipping_cell):
+        for a, b in zip(*map(jax.tree.leaves, (found(cell), want)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.usefixtures("double")
@@ -169,7 +178,7 @@ def test_a_value_says_by_whose_moments_a_cell_goes(reduce):
 
     evaluated, (trained, moments) = run(scanned_cell, stats, False)[0], run(scanned_cell, stats, True)
     assert not np.allclose(trained, evaluated)
-    for cell in (scanned_cell, skipping, unrolled_cell, one_by_one):
+    for cell in (scanned_cell, skipping_cell, unrolled_cell, one_by_one):
 
         @jax.jit
         def either(own, cell=cell):
@@ -186,7 +195,7 @@ def test_what_the_mix_makes_0_is_left_out_and_the_rest_stays():
     """One program for what is alive in turn: nothing, an edge without operations, and several on each."""
     plan, reduce = ((SEP3, MAX, SKIP),) * EDGES, True
     inputs, weights, mix = example(plan, reduce)
-    dense, sparse = (derivatives(plan, reduce, cell) for cell in (scanned_cell, skipping))
+    dense, sparse = (derivatives(plan, reduce, cell) for cell in (scanned_cell, skipping_cell))
     rng = np.random.default_rng(2)
     for share in (0.0, 0.2, 0.6):
         alive = rng.random(mix.shape) < share
@@ -225,7 +234,7 @@ def test_nothing_of_what_may_be_left_out_is_computed_before_its_loop():
     """Whatever in a loop does not depend on its count XLA would take out of it, for all sources and at any count."""
     plan = ((SEP3, MAX, DIL3),) * EDGES
     arguments = example(plan, False)
-    program = derivatives(plan, False, skipping).lower(*arguments).compile().as_text()
+    program = derivatives(plan, False, skipping_cell).lower(*arguments).compile().as_text()
     for name in ("(depthwise", "(_max_pool", "(_weighted_norm"):
         assert loops_around(program, name) == {2}, name  # over the sources, and over what is alive of one
 

@@ -27,6 +27,7 @@ from fedmetanas_jax.models.plan import (
 )
 from fedmetanas_jax.models.scan import scanned_cell
 from fedmetanas_jax.models.side_by_side import unrolled_cell
+from fedmetanas_jax.models.skipping import skipping_cell
 from fedmetanas_jax.models.space import cell_types, head, head_weights, kernel, search_space, supernet
 from fedmetanas_jax.models.weights import Weight
 
@@ -126,7 +127,7 @@ def darts_space(
             for i in range(length):
                 reduce, name, kind = i in reductions(length), f"cell_{i}", types[i]
                 compute = {
-                    "scan": partial(scanned_cell, skips=sampled and in_turn),
+                    "scan": skipping_cell if sampled and in_turn else scanned_cell,
                     "side_by_side": unrolled_cell,
                     "one_by_one": partial(unrolled_cell, apart=True),
                 }[ways[kind]]

@@ -7,11 +7,11 @@ identity) depend on the source alone, so a source computes them once for all edg
 Moments are {"mean": [C], "var": [C]}. Where `given` ones are asked for, None stands for the batch's own.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from fedmetanas_jax.core import Array, Tree
@@ -55,7 +55,7 @@ def where_alive(always: bool, alive: Array, run, *arguments):
 def weightless(ops: tuple[Op, ...], stride: int, x: Array, given: Tree | None, mix: Array, alive: Array):
     """What a source adds to every node by operations without weights.
 
-    x [C, H, W, N], mix [nodes, ops], alive [ops] bool (on some edge that leaves the source), `given`
+    x [C, H, W, N], mix [nodes, those ops], alive [ops] bool (on some edge that leaves the source), `given`
     {op: {"norm": moments [nodes, C]}}. Returns (y [nodes, C, H/stride, W/stride, N], {op: {"norm": moments}}).
     """
     parts, moments = [], {}
@@ -70,7 +70,7 @@ def weightless(ops: tuple[Op, ...], stride: int, x: Array, given: Tree | None, m
 
         y, moments[op.name] = where_alive(op.everywhere, alive[op.number], run, x)
         parts.append(y)
-    mix = mix[:, np.array([op.number for op in ops])].astype(x.dtype)
+    mix = mix.astype(x.dtype)
     if given is None:
         # A matrix product, since XLA:CPU would compute an elementwise sum's terms anew for every node.
         flat = layers.settled(jnp.stack(parts)).reshape(len(parts), -1)
@@ -85,21 +85,21 @@ def weightless(ops: tuple[Op, ...], stride: int, x: Array, given: Tree | None, m
     return total, moments
 
 
-def weighted(ops: tuple[Op, ...], stride: int, relu_x: Array, weights: Tree, given: Tree | None, mix: Array, alive):
+def weighted(ops: tuple[Op, ...], stride: int, relu_x: Array, weights: Tree, given: Tree | None, mix: Sequence, alive):
     """What an edge adds to the node it ends in by operations with weights.
 
-    relu_x [C, H, W, N] (the source after its ReLU), mix [ops], alive [ops] bool, weights and `given` moments
-    {op: {name: ...}}. Returns (y [C, H/stride, W/stride, N], {op: {name: moments}}).
+    relu_x [C, H, W, N] (the source after its ReLU), mix: [] for each of those ops, alive [ops] bool, weights and
+    `given` moments {op: {name: ...}}. Returns (y [C, H/stride, W/stride, N], {op: {name: moments}}).
     """
     total, moments = None, {}
-    for op in ops:
+    for op, share in zip(ops, mix, strict=True):
 
         def run(relu_x, weights, given, weight, name=op.name):
             return _convolutions(name, stride, relu_x, weights, given, weight)
 
         given_here = None if given is None else given[op.name]
         y, moments[op.name] = where_alive(
-            op.everywhere, alive[op.number], run, relu_x, weights[op.name], given_here, mix[op.number]
+            op.everywhere, alive[op.number], run, relu_x, weights[op.name], given_here, share
         )
         total = y if total is None else total + y
     return total, moments

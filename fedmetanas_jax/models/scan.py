@@ -14,22 +14,20 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from fedmetanas_jax.core import Array, Tree
-from fedmetanas_jax.models import operations, skipping
+from fedmetanas_jax.models import operations
 from fedmetanas_jax.models.plan import CellPlan, num_nodes, stack_rows
 from fedmetanas_jax.models.sources import in_edge_order
 from fedmetanas_jax.models.stages import Given, Stage, by_edge, lay_out, stages
 
 
 def scanned_cell(
-    inputs: Array, weights: Tree, stats: Tree, mix: Array, plan: CellPlan, reduce: bool, train: bool,
-    skips: bool = False,
-) -> tuple[Array, Tree]:  # fmt: skip
+    inputs: Array, weights: Tree, stats: Tree, mix: Array, plan: CellPlan, reduce: bool, train: bool
+) -> tuple[Array, Tree]:
     """One cell: inputs [2, C, H, W, N] (preprocessed) -> ([nodes, C, H', W', N], moments of its batch norms).
-
-    skips: what the mix makes 0 is not computed (`skipping`). Its moments are then 0, and so is its mix's gradient.
 
     weights, stats and moments: {op: {name: leaves [edges of its stack, ...]}}; no moments are found in evaluation.
     mix [edges, ops].
@@ -44,24 +42,24 @@ def scanned_cell(
     for stage in stages(plan, reduce):
         source = inputs if stage.stride == 2 else None
         given = lay_out(stage, rows, weights, stats, mix, train)
-        state, moments = run_stage(stage, train, skips, source, state, given)
+        state, moments = run_stage(stage, train, source, state, given)
         found += by_edge(stage, *moments)
     return state[-nodes:], in_edge_order(found)
 
 
 def run_stage(
-    stage: Stage, train: bool, skips: bool, source: Array | None, nodes: Array, given: Given
+    stage: Stage, train: bool, source: Array | None, nodes: Array, given: Given
 ) -> tuple[Array, Tree]:
     """Adds to `nodes` [rows, C, H', W', N] what the edges of the stage contribute.
 
     source [inputs, C, H, W, N], or None where the sources are rows of `nodes` themselves. Returns
     (nodes, (moments of the operations without weights [sources, C], of the others [sources, slots, C])).
     """
-    leave, back = (skipping.leaving if skips else leaving)(stage, train)
+    leave, back = leaving(stage, train)
 
     def steps(given: Given) -> tuple:
         of_plan = Step(stage.reaches.any(1), stage.end, stage.alive)
-        return stage.start, skipping.steps(stage, given) if skips else of_plan, given
+        return stage.start, of_plan, given
 
     @jax.custom_vjp
     def run(source, nodes, given):
@@ -118,7 +116,8 @@ def leaving(stage: Stage, train: bool) -> tuple[Callable, Callable]:
 
         def run(relu_x, weights, mix, stats):
             stats = None if train else stats
-            return operations.weighted(stage.own, stage.stride, relu_x, weights, stats, mix, alive)
+            shares = [mix[op.number] for op in stage.own]
+            return operations.weighted(stage.own, stage.stride, relu_x, weights, stats, shares, alive)
 
         return operations.where_alive(full, jnp.any(alive), run, relu_x, *given)
 
@@ -126,7 +125,8 @@ def leaving(stage: Stage, train: bool) -> tuple[Callable, Callable]:
         moments = [{}, {}]
         if stage.shared:
             stats = None if train else given.shared_stats
-            y, moments[0] = operations.weightless(stage.shared, stage.stride, x, stats, given.shared_mix, step.offers)
+            mix = given.shared_mix[:, np.array([op.number for op in stage.shared])]
+            y, moments[0] = operations.weightless(stage.shared, stage.stride, x, stats, mix, step.offers)
             nodes = nodes.at[stage.first :].add(y)
         relu_x = lax.optimization_barrier(jax.nn.relu(x))
 

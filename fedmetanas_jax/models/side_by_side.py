@@ -82,7 +82,8 @@ def _visit(
     total, moments = 0.0, {}
     if source.shared:
         ops = tuple(Op(OPS.index(op), True) for op in source.shared)
-        total, seen = operations.weightless(ops, stride, x, known, mix, np.ones(len(OPS), bool))
+        shares = mix[:, np.array([op.number for op in ops])]
+        total, seen = operations.weightless(ops, stride, x, known, shares, np.ones(len(OPS), bool))
         for op, found in seen.items():
             count = len(source.on[op])
             moments[op] = jax.tree.map(lambda m, count=count: jnp.broadcast_to(m, (count, *m.shape)), found)
@@ -105,7 +106,8 @@ def _apart(source: Source, stride: int, relu_x: Array, weights: Tree, known: Tre
         here = {op: source.on[op].index(n) for op in source.own if n in source.on[op]}
         own, given = (part and {op: tree.take(part[op], row) for op, row in here.items()} for part in (weights, known))
         ops = tuple(Op(OPS.index(op), True) for op in here)
-        y, seen = operations.weighted(ops, stride, relu_x, own, given, mix[n], np.ones(len(OPS), bool))
+        shares = [mix[n][op.number] for op in ops]
+        y, seen = operations.weighted(ops, stride, relu_x, own, given, shares, np.ones(len(OPS), bool))
         rows.append(y)
         for op in here:
             found[op].append(seen[op])
