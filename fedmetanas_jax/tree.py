@@ -51,7 +51,20 @@ def weighted_mean(stacked: Tree, weight: Array) -> Tree:
     """
     total = jnp.sum(weight)
     share = weight / jnp.where(total == 0, 1.0, total)
-    return jax.tree.map(lambda x: jnp.einsum("k,k...->...", share, x).astype(x.dtype), stacked)
+
+    def at_once(share: Array, stacked: Tree) -> Tree:
+        return jax.tree.map(lambda x: jnp.einsum("k,k...->...", share, x), stacked)
+
+    def in_turn(share: Array, stacked: Tree) -> Tree:
+        def add(k: Array, sums: Tree) -> Tree:
+            return jax.tree.map(lambda s, x: s + share[k] * x[k], sums, stacked)
+
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], jnp.promote_types(x.dtype, share.dtype)), stacked)
+        return jax.lax.fori_loop(0, len(share), add, zeros)
+
+    # A CPU compiles a dot product for every leaf, but sums once for all leaves of a shape; they have the same bits.
+    mean = jax.lax.platform_dependent(share, stacked, cpu=in_turn, default=at_once)
+    return jax.tree.map(lambda m, x: m.astype(x.dtype), mean, stacked)
 
 
 def take(stacked: Tree, rows: Array) -> Tree:
