@@ -62,7 +62,7 @@ def weighted_mean(stacked: Tree, weight: Array) -> Tree:
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], jnp.promote_types(x.dtype, share.dtype)), stacked)
         return jax.lax.fori_loop(0, len(share), add, zeros)
 
-    # A CPU compiles a dot product for every leaf, but sums once for all leaves of a shape; they have the same bits.
+    # A CPU compiles a dot product for every leaf, but a sum once for all leaves of a shape (docs/formulations.md).
     mean = jax.lax.platform_dependent(share, stacked, cpu=in_turn, default=at_once)
     return jax.tree.map(lambda m, x: m.astype(x.dtype), mean, stacked)
 

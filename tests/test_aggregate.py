@@ -191,3 +191,23 @@ def test_beyond_the_limit_the_run_stops_also_when_it_was_resumed(tmp_path):
         for _ in range(2):  # the second time from the checkpoint before, which knows what was lost until then
             with pytest.raises(NonFiniteError, match=f"{place}, client .* is not finite"):
                 a_run(algorithm, workdir, text, [], block=1)
+
+
+def test_the_mean_is_a_loop_on_a_cpu_and_products_elsewhere():
+    """Either is the mean of Eq. 3, and that of equal rows is the row."""
+    rng = np.random.default_rng(0)
+    stacked = {"w": jnp.float32(rng.normal(size=(5, 3, 7))), "b": jnp.float16(rng.normal(size=5))}
+    weight = jnp.array([3.0, 0, 1, 2, 4])
+    lowered = jax.jit(tree.weighted_mean).trace(stacked, weight)
+    found = {name: lowered.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "cuda", "tpu")}
+    assert {name: ("stablehlo.while" in text, "dot_general" in text) for name, text in found.items()} == {
+        "cpu": (True, False), "cuda": (False, True), "tpu": (False, True)
+    }  # fmt: skip
+    mean = jax.jit(tree.weighted_mean)(stacked, weight)
+    for name, x in stacked.items():
+        by_hand = np.average(np.float64(x), axis=0, weights=np.float64(weight))
+        np.testing.assert_allclose(mean[name], by_hand, rtol=1e-3 if name == "b" else 1e-6)
+        assert mean[name].dtype == x.dtype
+    alike = jax.tree.map(lambda x: jnp.stack([x[0]] * 5), stacked)
+    jax.tree.map(lambda m, x: np.testing.assert_allclose(m, x[0], rtol=1e-6), tree.weighted_mean(alike, weight), alike)
+    assert not np.any(tree.weighted_mean(stacked, jnp.zeros(5))["w"])
