@@ -10,7 +10,7 @@ import pytest
 
 from fedmetanas_jax.models import batchnorm
 from fedmetanas_jax.models.darts import darts_space, suited
-from fedmetanas_jax.models.plan import NONE, OPS, edge_ends, norm_names, op_shapes, stacked
+from fedmetanas_jax.models.plan import NONE, OPS, edge_ends, norm_names, op_shapes, stack_stride, stacked
 from fedmetanas_jax.models.scan import scanned_cell
 from fedmetanas_jax.models.side_by_side import unrolled_cell
 from fedmetanas_jax.models.skipping import skipping_cell
@@ -112,16 +112,11 @@ def derivatives(plan, reduce, cell):
 one_by_one = partial(unrolled_cell, apart=True)
 
 
-def stride(op):
-    """What its stack is for, where it has one."""
-    return 2 if op == "skip_connect" else 1
-
-
 def example(plan, reduce):
     rng = np.random.default_rng(0)
     weights = {}
     for op, edges in stacked(plan, reduce).items():
-        named = op_shapes(op, WIDTH, stride(op)) if edges else {}
+        named = op_shapes(op, WIDTH, stack_stride(op)) if edges else {}
         weights[op] = {name: rng.normal(size=(len(edges), *shape)) for name, shape in named.items()}
     return rng.normal(size=(2, WIDTH, 4, 4, 3)), weights, rng.uniform(0.1, 1, (EDGES, len(OPS)))
 
@@ -142,7 +137,7 @@ def example_stats(reduce):
     rng, stats = np.random.default_rng(1), {}
     for op, edges in stacked(SOME, reduce).items():
         shape = (len(edges), WIDTH)
-        names = norm_names(op, stride(op)) if edges else ()
+        names = norm_names(op, stack_stride(op)) if edges else ()
         stats[op] = {name: {"mean": rng.normal(size=shape), "var": rng.uniform(1, 2, shape)} for name in names}
     return {op: named for op, named in stats.items() if named}
 

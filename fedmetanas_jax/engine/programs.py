@@ -67,7 +67,7 @@ class Programs:
         self._kept, self._of = kept or Kept(), of
         self._later, self._begun, self._thread, self._first = later, {}, ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._traced: Future = Future()  # once the round is
-        self.meanwhile: Callable = lambda: None  # what is to be done while the first program is compiled
+        self.meanwhile: Callable = lambda: None  # done once: beside the first program's compiling, or before
         # Small, but operation by operation they would be compiled a hundred times over.
         self.global_model, self.discrete_model, self.report = (
             jax.jit(made) if made else None
@@ -120,14 +120,15 @@ class Programs:
                     self._thread.submit(self._around_evaluation, told(state, self.mesh, self.hosted))
 
     def _around_evaluation(self, state: RoundState) -> None:
-        """Compiles the small programs that an evaluation takes, which together would take seconds when it is due."""
+        """Compiles the small programs of an evaluation, seconds together. What is wrong is said when it is due."""
         for made in (self.global_model, self.discrete_model):
             if made is not None:
                 made.lower(state.server).compile()  # jit finds it when it is called alike
         if self.conduct.bn_eval == "recalibrated":
             given = self.data, state.seed, jax.ShapeDtypeStruct((), jnp.int32)
             evaluate.draw.lower(*given, self.conduct.cohort, evaluate.CALIBRATION).compile()
-        evaluate.local_summary.lower(jax.ShapeDtypeStruct(self.data.central.shape, bool), self.data).compile()
+        if self.global_model is not None:
+            evaluate.local_summary.lower(jax.ShapeDtypeStruct(self.data.central.shape, bool), self.data).compile()
 
     def _prepared(self, name: str, state: RoundState):
         """The program, before what it will be given is there; of a state its shapes are enough."""

@@ -52,7 +52,8 @@ def run(
     """Runs or resumes the phases in `workdir`.
 
     identity: of this run, for its checkpoints (see `identity.of`). accepted: called once nothing speaks against the run
-    any more, before its first round. meanwhile: called while that is compiled, for what takes its time.
+    any more, before its first round. meanwhile: called while that is compiled or, of a resumed run,
+    before, for what takes its time.
     sinks: where else the records go; whoever made them ends them.
     make_course: what does the rounds, with Course's arguments; another one may have them done elsewhere.
     Returns None where `stop_after` rounds of this call ended before the last one.

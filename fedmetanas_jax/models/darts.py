@@ -23,6 +23,7 @@ from fedmetanas_jax.models.plan import (
     num_nodes,
     op_shapes,
     reductions,
+    stack_stride,
     stacked,
 )
 from fedmetanas_jax.models.scan import scanned_cell
@@ -64,7 +65,7 @@ def declared(shape, classes: int, width: int, types: list[int], plan: Plan) -> t
         area //= 4 if reduce else 1
         stacks = stacked(plan[types[i]], reduce)
         for op, rows in ((op, len(edges)) for op, edges in stacks.items() if edges):
-            stride = 2 if op == "skip_connect" else 1
+            stride = stack_stride(op)
             for name, size in op_shapes(op, width, stride).items():
                 weights[cell, op, name] = kernel(size, area, (rows,))
             norms |= {(cell, op, name): (rows, width) for name in norm_names(op, stride)}

@@ -74,6 +74,11 @@ def op_shapes(op: str, width: int, stride: int) -> dict[str, tuple[int, ...]]:
     return first | ({f"{name}_2": shape for name, shape in first.items()} if kind == "sep" else {})
 
 
+def stack_stride(op: str) -> int:
+    """The stride of an operation where it has a stack: a skip connection has one where it halves the image alone."""
+    return 2 if op == "skip_connect" else 1
+
+
 def norm_names(op: str, stride: int) -> tuple[str, ...]:
     """Batch norms of one operation, of which `none` and the identity have none; the second one ends in _2."""
     if op == "none" or (op == "skip_connect" and stride == 1):

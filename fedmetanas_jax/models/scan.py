@@ -21,7 +21,7 @@ from fedmetanas_jax.core import Array, Tree
 from fedmetanas_jax.models import operations
 from fedmetanas_jax.models.plan import CellPlan, num_nodes, stack_rows
 from fedmetanas_jax.models.sources import in_edge_order
-from fedmetanas_jax.models.stages import Given, Stage, by_edge, lay_out, stages
+from fedmetanas_jax.models.stages import Given, Stage, by_edge, lay_out, no_nodes, stages
 
 
 def scanned_cell(
@@ -33,12 +33,7 @@ def scanned_cell(
     mix [edges, ops].
     """
     nodes, rows = num_nodes(plan), stack_rows(plan, reduce)
-    channels, height, width, batch = inputs.shape[1:]
-    shape = (nodes, channels, height // 2, width // 2, batch) if reduce else (nodes, *inputs.shape[1:])
-    state = jnp.zeros(shape, inputs.dtype)
-    if not reduce:
-        state = jnp.concatenate([inputs, state])
-    found = []
+    state, found = no_nodes(inputs, nodes, reduce), []
     for stage in stages(plan, reduce):
         source = inputs if stage.stride == 2 else None
         given = lay_out(stage, rows, weights, stats, mix, train)

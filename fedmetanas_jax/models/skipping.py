@@ -27,8 +27,17 @@ from fedmetanas_jax.core import Array, Tree
 from fedmetanas_jax.models import batchnorm, operations
 from fedmetanas_jax.models.alive import Mixes, Step, add, add_from, at, mixes_of, put, steps
 from fedmetanas_jax.models.operations import Op
-from fedmetanas_jax.models.plan import OPS, CellPlan, norm_names, num_nodes, op_shapes, stack_rows, stacked
-from fedmetanas_jax.models.stages import Stage, stages
+from fedmetanas_jax.models.plan import (
+    OPS,
+    CellPlan,
+    norm_names,
+    num_nodes,
+    op_shapes,
+    stack_rows,
+    stack_stride,
+    stacked,
+)
+from fedmetanas_jax.models.stages import Stage, no_nodes, stages
 
 ALL = np.ones(len(OPS), bool)
 
@@ -40,7 +49,7 @@ def skipping_cell(
     cell, rows, nodes = stages(plan, reduce), stack_rows(plan, reduce), num_nodes(plan)
 
     def run(inputs: Array, weights: Tree, stats: Tree, mixes: list[Mixes]):
-        state, moments = _start(inputs, nodes, reduce), _no_moments(inputs, stats, plan, reduce, train)
+        state, moments = no_nodes(inputs, nodes, reduce), _no_moments(inputs, stats, plan, reduce, train)
         of_sources = []
         for stage, here in zip(cell, mixes, strict=True):
             leave, source = leaving(stage, train)[0], inputs if stage.stride == 2 else None
@@ -86,14 +95,6 @@ def skipping_cell(
     return state[-nodes:], moments
 
 
-def _start(inputs: Array, nodes: int, reduce: bool) -> Array:
-    """The nodes of a cell before anything is added to them, after the inputs where these have their size."""
-    _, channels, height, width, batch = inputs.shape
-    if reduce:
-        return jnp.zeros((nodes, channels, height // 2, width // 2, batch), inputs.dtype)
-    return jnp.concatenate([inputs, jnp.zeros((nodes, *inputs.shape[1:]), inputs.dtype)])
-
-
 def _no_moments(inputs: Array, stats: Tree, plan: CellPlan, reduce: bool, train: bool) -> Tree:
     """{op: {norm: {"mean", "var"}}}, zeros [edges, C] of what operations with weights find; {} where nothing is."""
     either = any(path[-1].key == batchnorm.EITHER for path, _ in tree_leaves_with_path(stats))
@@ -101,8 +102,8 @@ def _no_moments(inputs: Array, stats: Tree, plan: CellPlan, reduce: bool, train:
         return {}
     dtype, found = batchnorm.wide(inputs[:0]).dtype, {}
     for op, edges in stacked(plan, reduce).items():
-        stride = 2 if op == "skip_connect" else 1
-        names = norm_names(op, stride) if edges and op_shapes(op, inputs.shape[1], stride) else ()
+        own = edges and op_shapes(op, inputs.shape[1], stack_stride(op))
+        names = norm_names(op, stack_stride(op)) if own else ()
         zeros = jnp.zeros((len(edges), inputs.shape[1]), dtype)
         found |= {op: {name: {"mean": zeros, "var": zeros} for name in names}} if names else {}
     return found

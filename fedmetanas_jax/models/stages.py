@@ -72,6 +72,14 @@ def _stage(plan: CellPlan, inputs: range, stride: int, first: int) -> list[Stage
     return [found]
 
 
+def no_nodes(inputs: Array, nodes: int, reduce: bool) -> Array:
+    """The nodes of a cell before anything is added to them, after the inputs where these have their size."""
+    _, channels, height, width, batch = inputs.shape
+    if reduce:
+        return jnp.zeros((nodes, channels, height // 2, width // 2, batch), inputs.dtype)
+    return jnp.concatenate([inputs, jnp.zeros((nodes, *inputs.shape[1:]), inputs.dtype)])
+
+
 class Given(NamedTuple):
     """What the steps of a stage are given, leading with [sources] and, for convolutions, [slots]."""
 
