@@ -1,14 +1,15 @@
 """The paper's tables with our numbers: makes the runs they need, and writes them.
 
-    python experiments/tables.py --table=all --scale=minutes      # all five tables on the bundled digits
-    python experiments/tables.py --table=2,3 --scale=cpu          # real data, reduced networks
+    python experiments/tables.py --table=all --scale=minutes --processes=2   # all five tables on the bundled digits
+    python experiments/tables.py --table=2,3 --scale=cpu                     # real data, reduced networks
     python experiments/tables.py --table=2 --scale=paper --plan   # what it would take: runs, image-gradients, hours
     python experiments/tables.py --table=2 --methods=mine,fedmetanas,fedmetanas+M=0 --columns=cifar10:dir0.1,mine:tau4
 
-The runs are in --study, one folder each, and shared by the tables. Start the same command as often as you like, on any
-machines that share the folder: each process takes runs that nobody has. It may be stopped at any time and goes on. A
-run that fails is reported and does not stop the rest. Leaves table2.md, .csv and .json in --out. Cells without a
-finished run are "-".
+The runs are in --study, one folder each, and shared by the tables. --processes share them out, each on its part of this
+machine's cores: on a CPU as many as it has cores and memory for are fastest. Start the same command on other machines
+that share the folder, too: each process takes runs that nobody has. It may be stopped at any time and goes on. A run
+that fails is reported and does not stop the rest. Leaves table2.md, .csv and .json in --out. Cells without a finished
+run are "-".
 
 A method is METHOD or METHOD+NAME=VALUE+...: an option of it, or a field of a task (lr, network=genotype.json). A column
 is DATASET:SPLIT, with a split like dir0.1, tau4, iid or natural, and a data set of its own from DATA_DIR/NAME.npz.
@@ -43,6 +44,7 @@ FLAGS = {
     "status": Flag(bool, False, "only say what is done, running, failed and left, and when it should end"),
     "read": Flag(bool, False, "only write the tables of what is finished"),
     "retry": Flag(bool, False, "run again what failed"),
+    "processes": Flag(int, 1, "processes that share the runs out, each with its part of this machine's cores", least=1),
     "wait": Flag(bool, True, "wait for runs that other processes have; --nowait ends when nothing is left to take"),
     "data_dir": Flag(str, None, "where NAME.npz are; else $FEDMETANAS_DATA, else ~/.cache/fedmetanas_jax/data"),
     "help": command.HELP,
@@ -114,6 +116,7 @@ def make(asked: dict, requests: list, write: Callable[[dict, list], None] = writ
     from study import expect, plan, worker
     from study.tables import keep
 
+    lost = 0  # processes that did not end well
     runs = list({run.name: run for request in requests for run in request.runs().values()}.values())
     study = worker.Study(asked["study"])
     if asked["plan"]:
@@ -129,7 +132,7 @@ def make(asked: dict, requests: list, write: Callable[[dict, list], None] = writ
         for run in runs if asked["retry"] else []:
             study.forgive(run)
         try:
-            worker.work(study, runs, asked["data_dir"], say, wait=asked["wait"])
+            lost = _work(study, runs, asked)
         except KeyboardInterrupt:
             say("stopped; the same command goes on")
             raise
@@ -137,7 +140,21 @@ def make(asked: dict, requests: list, write: Callable[[dict, list], None] = writ
     failed = [run for run in runs if study.failure(run)]
     for run in failed:
         say(f"failed: {run.name}: {study.failure(run)['error']}")
-    return 1 if failed else 0
+    left = [run for run in runs if run not in failed and not study.finished(run)] if lost else []
+    if left:
+        say(f"{len(left)} of {len(runs)} runs are left; the same command goes on")
+    return 1 if failed or left else 0
+
+
+def _work(study, runs: list, asked: dict) -> int:
+    """Works on the runs -> how many processes did not end well."""
+    from study import several, worker
+
+    given = {"data_dir": asked["data_dir"], "say": say, "wait": asked["wait"]}
+    if asked["processes"] > 1:
+        return several.work(study.path, runs, count=asked["processes"], **given)
+    worker.work(study, runs, **given)
+    return 0
 
 
 def main(argv: list[str]) -> int:

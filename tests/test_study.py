@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tables
 import toy_study
-from study import claims, columns, plan, worker
+from study import claims, columns, plan, several, worker
 from study.outcome import FIGURES
 from study.paper import TABLES
 from study.scales import SCALES
@@ -296,6 +296,7 @@ def test_a_study_knows_what_was_asked_for(tmp_path):
         (["--table=1", "--scale=minute"], "did you mean 'minutes'"),
         (["--table=1", "--seeds=1,1"], "--seeds names something twice"),
         (["--table=1", "--seeds=x"], "seeds"),
+        (["--table=1", "--processes=0"], "processes: '0' is not a whole number of at least 1"),
         (["--table=1", "--config.rouns=3"], "did you mean 'rounds'"),
         (["--table=1", "--config.rounds=x"], "config.rounds: 'x' is not a whole number"),
         (["--table=1", "--config.seed=3"], "config.seed differs between runs"),
@@ -333,3 +334,22 @@ def test_the_command_runs_writes_and_reports_failures(fake, tmp_path, capsys, mo
     monkeypatch.setattr(worker.build, "run", run)
     assert tables.main([*line, "--columns=digits:iid"]) == 1
     assert "failed: fedavg-digits-iid-seed1-" in capsys.readouterr().out
+
+
+def test_what_processes_left_when_they_died_is_said(fake, tmp_path, capsys, monkeypatch):
+    line = ["tables.py", "--table=1", "--methods=fedavg", "--seeds=1,2", "--config.rounds=4", "--processes=3"]
+    line += [f"--study={tmp_path / 'study'}", f"--out={tmp_path / 'out'}"]
+
+    def work(path, runs, data_dir, say, *, count, wait):
+        assert (count, wait) == (3, True)
+        worker.work(worker.Study(path), runs[:done], data_dir, say)
+        return 1
+
+    monkeypatch.setattr(several, "work", work)
+    done = 1
+    assert tables.main(line) == 1
+    assert "1 of 2 runs are left; the same command goes on" in capsys.readouterr().out
+    assert "| FedAvg | 1 of 2 |" in (tmp_path / "out" / "table1.md").read_text()
+    done = 2
+    assert tables.main(line) == 0
+    assert "goes on" not in capsys.readouterr().out
