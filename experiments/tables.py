@@ -49,6 +49,7 @@ FLAGS = {
     "data_dir": Flag(str, None, "where NAME.npz are; else $FEDMETANAS_DATA, else ~/.cache/fedmetanas_jax/data"),
     "help": command.HELP,
 }
+MOST_PROCESSES = 1_024  # of one machine; nobody has use for more
 READS = ("read", "nowait", "retry")  # flags that change nothing of what a table has
 say = partial(print, flush=True)
 
@@ -84,6 +85,8 @@ def parse(argv: list[str]) -> tuple[dict, list]:
     for name in ("methods", "columns", "seeds"):
         if len(set(asked[name])) < len(asked[name]):
             raise UsageError(f"--{name} names something twice: {command.written(asked[name])}")
+    if asked["processes"] > MOST_PROCESSES:
+        raise UsageError(f"processes: {asked['processes']}; there can be at most {MOST_PROCESSES}")
     scale = SCALES[asked["scale"]]
     makes = [text for text in argv[1:] if text.lstrip("-") not in READS]  # what a table says that it was made by
     line = shlex.join(["python", "experiments/tables.py", *makes])
@@ -117,7 +120,7 @@ def make(asked: dict, requests: list, write: Callable[[dict, list], None] = writ
     from study.tables import keep
 
     lost = 0  # processes that did not end well
-    runs = list({run.name: run for request in requests for run in request.runs().values()}.values())
+    runs = plan.in_order(run for request in requests for run in request.runs().values())
     study = worker.Study(asked["study"])
     if asked["plan"]:
         say(expect.planned(study, runs, asked["data_dir"]))

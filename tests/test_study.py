@@ -83,6 +83,19 @@ def test_a_row_is_a_method_with_options_and_fields():
     assert run.name.startswith("fedmetanas+M=0+lr=0.2-digits-tau4-seed3-")
 
 
+def test_label_skew_deals_a_small_federation_no_more_images_than_dirichlet_does():
+    asked = {
+        scale: [plan.run(SCALES[scale], "fedavg", f"cifar10:{split}", 1, {}).config for split in ("tau4", "dir0.1")]
+        for scale in ("paper", "gpu", "cpu")
+    }
+    assert {scale: [config.partition for config in both] for scale, both in asked.items()} == {
+        "paper": ["label_skew", "dirichlet"],  # 500 images a client, by the 100 there are
+        "gpu": ["label_skew_sized", "dirichlet"],
+        "cpu": ["label_skew_sized", "dirichlet"],
+    }
+    assert len({config.train_size for both in asked.values() for config in both}) == 1
+
+
 def test_runs_with_the_same_name_are_the_same_run():
     scale, cell = SCALES["minutes"], ("fedavg", "digits:dir0.1", 1)
     name = plan.run(scale, *cell, {}).name
@@ -131,6 +144,15 @@ def test_work_does_every_run_once_and_again_only_what_is_missing(fake, tmp_path)
     (study.workdir(runs[2]) / "result.json").unlink()
     assert worker.work(study, runs, None, lambda text: None).finished == [runs[2].name]
     assert study.claims.held() == {}
+
+
+def test_a_process_stays_with_a_method_and_searches_come_first(fake, tmp_path):
+    study, runs = worker.Study(tmp_path), toy_study.runs(("fedavg", "fednas", "fedrep", "fedmetanas"), (1, 2))
+    runs = plan.in_order([*runs, *runs])
+    with study.claims.take(runs[0].name):  # what another process has programs for comes after all others
+        worker.work(study, runs, None, lambda text: None, wait=False)
+    methods = [name.partition("-")[0] for name in fake]
+    assert methods == ["fedmetanas"] * 2 + ["fedavg"] * 2 + ["fedrep"] * 2 + ["fednas"]
 
 
 def test_a_run_that_fails_does_not_stop_the_rest(fake, tmp_path, monkeypatch):
@@ -296,6 +318,7 @@ def test_a_study_knows_what_was_asked_for(tmp_path):
         (["--table=1", "--scale=minute"], "did you mean 'minutes'"),
         (["--table=1", "--seeds=1,1"], "--seeds names something twice"),
         (["--table=1", "--seeds=x"], "seeds"),
+        (["--table=1", "--processes=2000"], "processes: 2000; there can be at most 1024"),
         (["--table=1", "--processes=0"], "processes: '0' is not a whole number of at least 1"),
         (["--table=1", "--config.rouns=3"], "did you mean 'rounds'"),
         (["--table=1", "--config.rounds=x"], "config.rounds: 'x' is not a whole number"),

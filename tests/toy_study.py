@@ -12,7 +12,7 @@ from fedmetanas_jax.config import to_dict
 from fedmetanas_jax.engine.records import InUseError, digest
 from fedmetanas_jax.files import to_json, write_json
 
-ACCURACY = {"fedavg": 0.5, "fedrep": 0.6, "fedmetanas": 0.7, "perfedrlnas": None}
+ACCURACY = {"fedavg": 0.5, "fedrep": 0.6, "fedmetanas": 0.7, "fednas": 0.65, "perfedrlnas": None}
 COSTS = {"image_gradients": 8.0, "macs": 1e9, "bytes_up": 1, "bytes_down": 2}
 VERSIONS = {"device": "toy", "devices": 1, "cpus": 2, "python": "3", "jax": "0"}
 

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +44,7 @@ def run(scale: Scale, row: str, column: str, seed: int, overrides: dict) -> Run:
     known = option_types(factory)
     options = default_options(factory)
     fields = scale.fields(column.partition(":")[0]) | columns.fields(column)
+    fields["partition"] = scale.partitions.get(fields["partition"], fields["partition"])
     given = scale.methods.get(method, {})
     fields |= {name: value for name, value in given.items() if name in FIELDS}
     options |= {name: value for name, value in given.items() if name not in FIELDS}
@@ -71,6 +73,16 @@ def name_of(row: str, column: str, config: Config) -> str:
     identity = to_json(fixed(to_dict(config), MAY_CHANGE))
     said = re.sub(r"[^A-Za-z0-9.=+]+", "-", f"{row}-{column}")[:80]
     return f"{said}-seed{config.seed}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+
+
+def in_order(runs: Iterable[Run]) -> list[Run]:
+    """Each once, searches first: with what compiles quickly a process that has no work left at the end of a study can
+    help for next to nothing."""
+    from fedmetanas_jax.algorithms import ALGORITHMS
+    from fedmetanas_jax.architecture import searches
+
+    once = {run.name: run for run in runs}.values()
+    return sorted(once, key=lambda run: not searches(ALGORITHMS[run.config.method]))
 
 
 def write(study: Path, runs: list[Run]) -> None:
