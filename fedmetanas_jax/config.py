@@ -15,8 +15,8 @@ from fedmetanas_jax.options import LARGEST_INT, UsageError, brief, fits, nearest
 MOST_CLIENTS, MOST_BATCH, MOST_DEVICES = 200_000, 65_536, 4_096
 MOST_WIDTH, MOST_CELLS, MOST_NODES = 65_536, 1_000, 16
 LEAST_CONCENTRATION = 1e-6  # as data/partition.py, which says why
-SIZED = ("dirichlet", "dirichlet_disjoint", "plato", "iid")  # partitions with as many images a client as asked for
-PARTITIONS = ("dirichlet", "dirichlet_disjoint", "plato", "label_skew", "iid", "natural")
+PARTITIONS = ("dirichlet", "dirichlet_disjoint", "plato", "label_skew", "label_skew_sized", "iid", "natural")
+SIZED = tuple(name for name in PARTITIONS if name not in ("label_skew", "natural"))  # with at most as many as asked for
 FILE = ".json"  # what the name of a partition's file ends with
 
 
@@ -40,8 +40,9 @@ class Config:
 
     partition: str = _field(
         "dirichlet",
-        "how the images are dealt to the clients (D-1): dirichlet, dirichlet_disjoint, plato, label_skew, iid, natural "
-        "(to the clients the data set names), or as in another run, by the partition.json that it left",
+        "how the images are dealt to the clients (D-1): dirichlet, dirichlet_disjoint, plato, label_skew, "
+        "label_skew_sized, iid, natural (to the clients the data set names), or as in another run, by the "
+        "partition.json that it left",
     )
     concentration: float = _field(
         0.1, "of the Dirichlet partitions: smaller = fewer labels a client", least=LEAST_CONCENTRATION

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fedmetanas_jax import build
-from fedmetanas_jax.config import Config, may_change, to_dict, validate
+from fedmetanas_jax.config import PARTITIONS, Config, may_change, to_dict, validate
 from fedmetanas_jax.data import manifest, sources
 from fedmetanas_jax.data.dataset import DataError, Dataset
 from fedmetanas_jax.data.federated import lengths
@@ -164,7 +164,7 @@ def test_a_natural_federation_is_padded_and_named(tmp_path):
     assert record["train"]["sizes"] == [12, 24, 24]
 
 
-@pytest.mark.parametrize("kind", ["dirichlet", "dirichlet_disjoint", "plato", "label_skew", "iid", "natural"])
+@pytest.mark.parametrize("kind", PARTITIONS)
 def test_a_runs_partition_can_be_dealt_again(tmp_path, kind):
     path = left(tmp_path / "a", partition=kind, tau=2)
     parts = dealt(partition=kind, tau=2)

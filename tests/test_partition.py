@@ -30,7 +30,7 @@ def variation(a, b):
     return float(label_distance(a, b).mean())
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "label_skew"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("label_skew")])
 def test_every_client_has_its_distinct_images(kind):
     parts = deal(kind)
     for rows, size, total in ((parts.train, 100, len(TRAIN)), (parts.test, 90, len(TEST))):
@@ -175,6 +175,20 @@ def test_label_skew(tau):
     assert np.array_equal(*held)
 
 
+@pytest.mark.parametrize("tau", [1, 4])
+def test_label_skew_of_a_size_is_a_part_of_the_whole(tau):
+    whole, part = (deal(kind, tau=tau, test_size=49) for kind in ("label_skew", "label_skew_sized"))
+    sizes = [len(own) for own in whole.train]
+    assert min(sizes) > 100
+    assert [len(own) for own in part.train] == [100] * 20
+    assert [len(own) for own in part.test] == [min(49, len(own)) for own in whole.test]
+    for side, of, images in ((part.train, whole.train, TRAIN), (part.test, whole.test, TEST)):
+        assert all(set(mine) <= set(all_of_them) for mine, all_of_them in zip(side, of, strict=True))
+        assert len(np.unique(np.concatenate(side))) == sum(map(len, side))
+        # Whichever they are: a client's labels as often, but for chance, as in the whole.
+        assert variation(histogram(side, images, 10), histogram(of, images, 10)) < 0.1
+
+
 def test_label_skew_deals_out_only_labels_that_there_are():
     train, test = np.tile([1, 2, 4, 5], 30), np.tile([1, 2, 4], 10)
     parts = deal("label_skew", train, test, clients=5, tau=2, classes=7)
@@ -271,6 +285,7 @@ DEALT = {
     "dirichlet_disjoint": ("45d2541b87393155", "41a87c7948f0bb90"),
     "plato": ("5df59e4771ede7f5", "476e39e94eb717fd"),
     "label_skew": ("6b54ff0ec20c8b38", "626b63f385bd0971"),
+    "label_skew_sized": ("feafa8ee910b37d1", "626b63f385bd0971"),
     "iid": ("625b399ff0bdafc3", "19b3cf748b2f1761"),
 }
 

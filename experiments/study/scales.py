@@ -17,6 +17,7 @@ class Scale(NamedTuple):
     datasets: dict[str, dict[str, Any]]  # {dataset: fields that differ from base}
     methods: dict[str, dict[str, Any]]  # {method: fields and options of its own}
     stands_for: dict[str, str]  # {dataset of the paper: the one that takes its place}, {} where none does
+    partitions: dict[str, str] = {}  # {partition of a column: the one that takes its place}
 
     def fields(self, dataset: str) -> dict[str, Any]:
         """What differs from `base` for a data set."""
@@ -57,6 +58,10 @@ DIGITS = {method: {"lr": 0.6 if method == "fedrep" else 0.3} for method in FIXED
     "metaperfedrlnas": {"lr": 0.4},
 }
 
+# With a fifth of the paper's clients label skew would deal each five times as many images as Dirichlet does: columns of
+# one table would differ in training as well, by a factor of four.
+AS_MANY = {"label_skew": "label_skew_sized"}
+
 SCALES = {
     "paper": Scale(
         about="As printed: 100 clients, 5 of them a round, 5 epochs, 1,000 rounds, 16 channels and 8 cells, "
@@ -79,6 +84,7 @@ SCALES = {
         datasets={"mnist": {"augment": ()}},
         methods=TRAVEL | RATES,
         stands_for={},
+        partitions=AS_MANY,
     ),
     "cpu": Scale(
         about="The paper's data and splits at the size of cifar10_small: 20 clients, 6 of them a round, one epoch, 150 "
@@ -90,6 +96,7 @@ SCALES = {
         datasets={"mnist": {"augment": ()}},
         methods=CIFAR10 | RATES,
         stands_for={},
+        partitions=AS_MANY,
     ),
     "minutes": Scale(
         about="The bundled digits (8 x 8, 10 classes) in place of CIFAR-10; CIFAR-100 and MNIST have no stand-in. 10 "

@@ -11,7 +11,7 @@ import numpy as np
 # Weights of labels as far apart as a smaller concentration makes them leave no digits for the random choice among
 # images of one label, so all clients would get the same ones.
 LEAST_CONCENTRATION = 1e-6
-KINDS = ("dirichlet", "dirichlet_disjoint", "plato", "label_skew", "iid")
+KINDS = ("dirichlet", "dirichlet_disjoint", "plato", "label_skew", "label_skew_sized", "iid")
 
 
 class Partition(NamedTuple):
@@ -52,6 +52,7 @@ def partition(
     - label_skew: of the classes that have training and test images client c holds number c, from the start again after
       the last, and tau - 1 random others; every class is split evenly and disjointly over its holders, training and
       test images alike. The sizes follow from that: train_size and test_size are not used.
+    - label_skew_sized: as label_skew, but a client keeps at most train_size and test_size of its images, at random.
     - iid: as dirichlet, with the same weight for every image.
 
     Raises ValueError for what cannot be dealt.
@@ -66,6 +67,10 @@ def partition(
         return _label_skew(train_labels, test_labels, clients, tau, classes, seed)
     _check_size("train_size", train_size, len(train_labels))
     _check_size("test_size", test_size, len(test_labels))
+    if kind == "label_skew_sized":
+        whole = _label_skew(train_labels, test_labels, clients, tau, classes, seed)
+        sides = (whole.train, train_size), (whole.test, test_size)
+        return Partition(*([rows[:size] for rows in side] for side, size in sides))  # they are in random order
     if kind == "iid":
         log_p = np.zeros((clients, classes))
     elif not LEAST_CONCENTRATION <= concentration < np.inf:
