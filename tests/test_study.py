@@ -175,6 +175,21 @@ def test_a_run_that_fails_does_not_stop_the_rest(fake, tmp_path, monkeypatch):
     assert worker.work(study, runs, None, said.append).finished == [runs[1].name]
 
 
+def test_a_reader_who_has_had_enough_makes_no_run_fail(fake, tmp_path, monkeypatch):
+    study, runs, sound = worker.Study(tmp_path), toy_study.runs(), worker.build.run
+
+    def run(config, **how):
+        raise BrokenPipeError  # as a line of progress does that nobody reads
+
+    monkeypatch.setattr(worker.build, "run", run)
+    with pytest.raises(BrokenPipeError):
+        worker.work(study, runs, None, lambda text: None)
+    assert not any(study.failure(run) for run in runs)
+    assert study.claims.held() == {}
+    monkeypatch.setattr(worker.build, "run", sound)
+    assert len(worker.work(study, runs, None, lambda text: None).finished) == len(runs)
+
+
 def test_damaged_files_are_set_aside_and_the_run_begins_anew(fake, tmp_path, monkeypatch):
     study, runs, said = worker.Study(tmp_path), toy_study.runs(), []
     worker.work(study, runs, None, said.append)

@@ -175,7 +175,7 @@ def _one(study: Study, run: Run, claim, data_dir: str | None, say: Callable[[str
                 write_json(study.path / "spent" / f"{run.name}.json", {"seconds": seconds})
         outcome(run, study.workdir(run))  # what is finished can be read
         return True
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BrokenPipeError):  # nobody reads what is said any more: not the run's doing
         if not claim.lost:
             raise
         say(f"{run.name} was taken over by another process while this one slept")
