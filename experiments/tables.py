@@ -6,10 +6,9 @@
     python experiments/tables.py --table=2 --methods=mine,fedmetanas,fedmetanas+M=0 --columns=cifar10:dir0.1,mine:tau4
 
 The runs are in --study, one folder each, and shared by the tables. --processes share them out, each on its part of this
-machine's cores: on a CPU as many as it has cores and memory for are fastest. Start the same command on other machines
-that share the folder, too: each process takes runs that nobody has. It may be stopped at any time and goes on. A run
-that fails is reported and does not stop the rest. Leaves table2.md, .csv and .json in --out. Cells without a finished
-run are "-".
+machine's cores. Start the same command on other machines that share the folder, too: a process takes runs that nobody
+has. It may be stopped at any time and goes on. A run that fails is reported and does not stop the rest. Leaves
+table2.md, .csv and .json in --out. Cells without a finished run are "-".
 
 A method is METHOD or METHOD+NAME=VALUE+...: an option of it, or a field of a task (lr, network=genotype.json). A column
 is DATASET:SPLIT, with a split like dir0.1, tau4, iid or natural, and a data set of its own from DATA_DIR/NAME.npz.

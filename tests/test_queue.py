@@ -4,12 +4,12 @@ import json
 import multiprocessing
 import os
 import signal
-import time
 from functools import partial
 
 import toy_study
 from study import plan, worker
 from study.tables import Request, document
+from toy_study import until
 
 ROWS = ("fedavg", "fedrep", "perfedrlnas")
 
@@ -48,12 +48,12 @@ def test_a_study_that_was_disturbed_has_the_tables_of_one_that_was_not(tmp_path,
     for one in victims:
         one.start()
     study = worker.Study(disturbed)
-    _until(lambda: {held["pid"] for held in study.claims.held().values()} == {victim.pid for victim in victims})
+    until(lambda: {held["pid"] for held in study.claims.held().values()} == {victim.pid for victim in victims})
     taken = [run for run in runs if run.name in study.claims.held()]
-    _until(lambda: all(study.rounds(run) for run in taken))
+    until(lambda: all(study.rounds(run) for run in taken))
     for one in others:
         one.start()
-    _until(lambda: len(study.claims.held()) > 2 or any(study.finished(run) for run in runs))
+    until(lambda: len(study.claims.held()) > 2 or any(study.finished(run) for run in runs))
     for victim in victims:
         os.kill(victim.pid, signal.SIGKILL)
         victim.join()
@@ -67,11 +67,3 @@ def test_a_study_that_was_disturbed_has_the_tables_of_one_that_was_not(tmp_path,
     _work(disturbed, runs)
     assert _table(disturbed, request) == _table(calm, request)
     assert study.claims.held() == {}
-
-
-def _until(condition) -> None:
-    for _ in range(6000):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it did not come to that in a minute")

@@ -5,13 +5,13 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import toy_study
 from study import several, worker
+from toy_study import until
 
 SLOW = partial(toy_study.run, pause=0.2)  # 0.8 seconds a run
 
@@ -33,7 +33,7 @@ def _member(number, of, study, *given):
 
     worker.build.run = run
     if number > 1:
-        _until((study / "dying").exists)
+        until((study / "dying").exists)
     several.member(number, of, study, *given)
 
 
@@ -65,7 +65,7 @@ def test_a_signal_stops_all_with_their_runs_saved(tmp_path):
     runs, study = toy_study.runs(), worker.Study(tmp_path)
 
     def ask():
-        _until(study.claims.held)
+        until(study.claims.held)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=ask).start()
@@ -80,12 +80,12 @@ def test_they_end_with_the_process_that_started_them(tmp_path):
     runs, study = toy_study.runs(), worker.Study(tmp_path)
     first = multiprocessing.get_context("spawn").Process(target=_work, args=(tmp_path, runs))
     first.start()
-    _until(study.claims.held)
+    until(study.claims.held)
     (held,) = study.claims.held().values()
     assert held["pid"] != first.pid
     first.kill()
     first.join()
-    _until(lambda: not _lives(held["pid"]))
+    until(lambda: not _lives(held["pid"]))
     assert not all(study.finished(run) for run in runs)
     assert study.claims.held() == {}
 
@@ -117,11 +117,3 @@ def _lives(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-def _until(condition) -> None:
-    for _ in range(6000):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it did not come to that in a minute")

@@ -54,3 +54,12 @@ def _run(config, workdir: Path, pause: float) -> None:
     if server is not None:
         result |= {"server_accuracy": lines[-1]["server_accuracy"], "local_accuracy": {"mean": 0.5, "std": 0.2}}
     write_json(workdir / "result.json", result)
+
+
+def until(condition) -> None:
+    """Waits for it, a minute at most."""
+    for _ in range(6000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not come to that in a minute")

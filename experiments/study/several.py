@@ -4,6 +4,7 @@ The programs of small networks are thousands of short kernels. A process that ha
 for cores that the process beside it needs; on a core of its own it has nothing to wait for.
 """
 
+import io
 import multiprocessing
 import os
 import signal
@@ -97,10 +98,11 @@ def share(cores: Sequence[int], number: int, of: int) -> Sequence[int]:
     return cores[number * len(cores) // of : (number + 1) * len(cores) // of]
 
 
-class Labelled:
-    """Standard output, whole lines at a time, each after a label: of several processes each line is one's own."""
+class Labelled(io.TextIOBase):
+    """Standard output, whole lines at a time, each after a label: of several processes each line is one's own.
 
-    encoding = "utf-8"
+    No terminal, as bars of several processes would be drawn over one another.
+    """
 
     def __init__(self, label: str, descriptor: int = 1):
         self._label, self._descriptor, self._begun = label, descriptor, ""
@@ -108,18 +110,10 @@ class Labelled:
     def write(self, text: str) -> int:
         """Writes what is a line by now."""
         *lines, self._begun = (self._begun + text).split("\n")
-        if lines:
-            whole = "".join(f"{self._label}{line}\n" for line in lines).encode(errors="backslashreplace")
-            while whole:
-                whole = whole[os.write(self._descriptor, whole) :]
+        whole = "".join(f"{self._label}{line}\n" for line in lines).encode(errors="backslashreplace")
+        while whole:
+            whole = whole[os.write(self._descriptor, whole) :]
         return len(text)
-
-    def flush(self) -> None:
-        """A line that is begun waits for its end."""
-
-    def isatty(self) -> bool:
-        """No: bars of several processes would be drawn over one another."""
-        return False
 
     def fileno(self) -> int:
         """Of what it writes to."""
